@@ -1,0 +1,31 @@
+# Two commands for a newcomer: make train, make test. Both set up what they need, say so, and can be run again.
+# Variables: PYTHON, TORCH and TORCH_INDEX_URL (see scripts/environment.sh), NPROC.
+NPROC ?= 2
+OUT ?= runs/pretrain_gpt
+
+.PHONY: help train test test-all lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+train: ## set up, then train a small GPT with Megatron-Core on this machine, TP=$(NPROC)
+	@python=$$(scripts/environment.sh megatron,bench) && set -x && \
+	$$python -m llm_adapt.cli run --nproc $(NPROC) --out $(OUT) examples/pretrain_gpt.py --out $(OUT)
+
+test: ## set up, then check style, types, layers and run the tests (about 15 minutes on 2 cores)
+	@python=$$(scripts/environment.sh megatron,dev) && set -x && \
+	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && \
+	$$(dirname $$python)/lint-imports && $$python -m pytest
+
+test-all: ## the tests with the slow ones
+	@python=$$(scripts/environment.sh megatron,dev) && set -x && $$python -m pytest -m ''
+
+lint: ## style, types and layers only
+	@python=$$(scripts/environment.sh megatron,dev) && set -x && \
+	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && $$(dirname $$python)/lint-imports
+
+bench: ## what the facade costs per call, beside the unpatched call
+	@python=$$(scripts/environment.sh megatron,bench) && set -x && $$python benchmarks/overhead.py
+
+clean: ## remove what the targets made
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

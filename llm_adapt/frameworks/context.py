@@ -1,0 +1,20 @@
+"""What a table of rows may know when it is built: the device, the settings in force, and the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_adapt.adapters.base import DeviceAdapter
+from llm_adapt.report import Report
+from llm_adapt.settings import Settings
+
+__all__ = ["Context"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Given to every `rows(context)` function in this folder."""
+
+    adapter: DeviceAdapter
+    settings: Settings
+    report: Report

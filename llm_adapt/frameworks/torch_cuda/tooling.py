@@ -1,0 +1,117 @@
+"""What stands around the tensors: TorchScript, spawned processes, the profiler and the data loader."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from llm_adapt.frameworks.torch_cuda.devices import DeviceTranslator
+from llm_adapt.patching import Entry, Patch, Row, split_target
+from llm_adapt.report import Report
+
+__all__ = ["rows", "script_builtins"]
+
+
+def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str, Any]) -> list[Row]:
+    """Rows for child processes, the data loader and the profiler.
+
+    Args:
+        child_arguments: patch() arguments with which a spawned child patches itself.
+    """
+    return [
+        Patch(
+            "multiprocessing.spawn:get_preparation_data",
+            functools.partial(_prepare_child, child_arguments=child_arguments),
+            "spawned processes patch themselves before they import the script",
+            kind="wrap",
+        ),
+        Patch(
+            "torch.utils.data.dataloader:DataLoader.__init__",
+            functools.partial(_data_loader, translate=translate, report=report),
+            "pin_memory for this device",
+            kind="wrap",
+        ),
+        Patch(
+            "torch.profiler.profiler:profile.__init__",
+            functools.partial(_profile, report=report, title=translate.adapter.title),
+            "ProfilerActivity.CUDA where no CUDA is",
+            kind="wrap",
+        ),
+    ]
+
+
+class PatchChild:
+    """Unpickled by a spawned child before it imports its main module; unpickling it patches the child."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        from llm_adapt.session import patch_child
+
+        return patch_child, (self.arguments,)
+
+
+def _prepare_child(original: Callable[..., dict[str, Any]], child_arguments: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_preparation_data(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**original(*args, **kwargs), "llm_adapt": PatchChild(child_arguments)}
+
+    return get_preparation_data
+
+
+def _data_loader(original: Callable[..., None], translate: DeviceTranslator, report: Report) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("pin_memory") and translate.is_host:
+            report.once("DataLoader(pin_memory=True)", "no effect", "host memory needs no pinning on the CPU")
+            kwargs["pin_memory"] = False
+        if kwargs.get("pin_memory_device"):
+            place = translate(kwargs["pin_memory_device"])
+            kwargs["pin_memory_device"] = "" if translate.is_host else str(place)
+        original(self, *args, **kwargs)
+
+    return init
+
+
+def _profile(original: Callable[..., None], report: Report, title: str) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, activities: Iterable[Any] | None = None, **kwargs: Any) -> None:
+        from torch.profiler import ProfilerActivity
+
+        if activities is not None:
+            activities = set(activities)
+            if ProfilerActivity.CUDA in activities:
+                report.once("ProfilerActivity.CUDA", "left out", f"torch.profiler records no {title} activity")
+                activities = (activities - {ProfilerActivity.CUDA}) or {ProfilerActivity.CPU}
+        original(self, *args, activities=activities, **kwargs)
+
+    return init
+
+
+def script_builtins(rows: Iterable[Row]) -> list[Row]:
+    """Wrap the rows of TorchScript builtins so that torch.jit.script still recognises them.
+
+    TorchScript finds builtins by the identity of the function: the wrapper gets the entry of the original,
+    and compiled code calls the operator itself (a device in scripted code is not translated).
+    """
+    import torch
+    from torch.jit._builtins import _get_builtin_table
+
+    table = _get_builtin_table()
+    modules = {"torch": torch, "torch.fft": torch.fft}
+    found: list[Row] = []
+    for row in rows:
+        module, name = split_target(row.target)
+        original = getattr(modules.get(module), name, None) if isinstance(row, Patch) else None
+        operator = table.get(id(original)) if original is not None else None
+        if operator is None or not isinstance(row, Patch) or row.kind != "wrap":
+            found.append(row)
+            continue
+        wrapper = row.new(original)
+        found.append(Patch(row.target, wrapper, row.reason))
+        found.append(
+            Entry("torch.jit._builtins:_builtin_table", operator, "torch.jit.script knows it", key=id(wrapper))
+        )
+    return found
