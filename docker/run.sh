@@ -151,9 +151,29 @@ configure_dcu() {
     fi
 }
 
+# launch: run command_line, or print it; a missing device ends a real run.
+launch() {
+    if [ "$dry_run" = yes ]; then
+        if [ -n "$missing_devices" ]; then
+            echo "run.sh: note: this host has no $missing_devices; a real run would stop here" >&2
+        fi
+        printf '%q ' "${command_line[@]}"
+        echo
+        return
+    fi
+    if [ -n "$missing_devices" ]; then
+        fail 1 "a container with the $device devices" "no $missing_devices on this host" \
+            "install the driver, or run on a host that has the device; --dry-run prints the command"
+    fi
+    if ! command -v "$engine" > /dev/null; then
+        fail 1 "engine $engine" "no such command" "install docker, or set ENGINE=podman"
+    fi
+    exec "${command_line[@]}"
+}
+
 main() {
-    local dry_run=no device
     local -a engine_options=()
+    dry_run=no
     while [ $# -gt 0 ]; do
         case $1 in
             -h | --help) usage; exit 0 ;;
@@ -194,23 +214,7 @@ main() {
     fi
     # The ${x[@]+...} form: bash before 4.4 calls an empty array unbound.
     add ${engine_options[@]+"${engine_options[@]}"} "${IMAGE:-llm-adapt:$device}" "$@"
-
-    if [ "$dry_run" = yes ]; then
-        if [ -n "$missing_devices" ]; then
-            echo "run.sh: note: this host has no $missing_devices; a real run would stop here" >&2
-        fi
-        printf '%q ' "${command_line[@]}"
-        echo
-        return
-    fi
-    if [ -n "$missing_devices" ]; then
-        fail 1 "a container with the $device devices" "no $missing_devices on this host" \
-            "install the driver, or run on a host that has the device; --dry-run prints the command"
-    fi
-    if ! command -v "$engine" > /dev/null; then
-        fail 1 "engine $engine" "no such command" "install docker, or set ENGINE=podman"
-    fi
-    exec "${command_line[@]}"
+    launch
 }
 
 main "$@"
