@@ -18,10 +18,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fake_image import DAS_TORCH, FakeImage, make_wheel
 
 from llm_adapt.settings import SETTINGS
 
-DOCKER = Path(__file__).resolve().parents[1] / "docker"
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
 DEVICES = ("cpu", "cuda", "ascend", "mlu", "dcu")
 VENDORS = DEVICES[1:]
 
@@ -42,8 +43,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-replay, fake_image = load("replay"), load("fake_image")
-make_wheel, DAS_TORCH = fake_image.make_wheel, fake_image.DAS_TORCH
+replay = load("replay")
 
 
 def dockerfile(device: str) -> list[tuple[str, str]]:
@@ -133,7 +133,7 @@ def test_linters_have_nothing_to_say(linter, name):
 def bare_image(tmp_path):
     """A fake vendor image before torch is in it."""
     pip = pytest.importorskip("pip", reason="the interpreter of the tests has no pip to lend")
-    return fake_image.FakeImage(tmp_path, pip)
+    return FakeImage(tmp_path, pip)
 
 
 @pytest.fixture

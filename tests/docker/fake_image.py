@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for a vendor's image, to try docker/install.py where there is neither engine nor network.
 
-Used by tests/test_docker.py; no image contains this file.
+Used by test_docker.py and test_vendor_install_line.py.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class FakeImage:
 
     def install(self, requirements: str = "", **environment: str) -> subprocess.CompletedProcess:
         """docker/install.py as a Dockerfile calls it."""
-        script = Path(__file__).with_name("install.py")
+        script = Path(__file__).resolve().parents[2] / "docker" / "install.py"
         command = [self.bin / "python", script, "--with", requirements, self.project]
         environment = {**self.environment, **environment}
         return subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
