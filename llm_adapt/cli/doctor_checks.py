@@ -35,12 +35,12 @@ class Diagnosis:
     probes: tuple[tuple[str, Probe], ...]
     versions: dict[str, str]
     starts: tuple[Start, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...]  # the most severe first
 
     @property
     def exit_code(self) -> int:
         """Code of the most severe finding, 0 when nothing is broken."""
-        return next((EXIT_CODES[found.kind] for found in self.findings if EXIT_CODES[found.kind]), 0)
+        return EXIT_CODES[self.findings[0].kind] if self.findings else 0
 
 
 def examine(host: Host, requested: str | None, start: Callable[[str], Start] | None) -> Diagnosis:

@@ -56,7 +56,7 @@ def test_npu_second_redirection_is_refused(fake: FakeHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "complaint"), [("1,0", "ascending order"), ("0,0", "ascending"), ("GPU-1", "ordinals")]
+    ("mask", "complaint"), [("1,0", "CANN needs"), ("0,0", "CANN needs"), ("GPU-1", "only ordinals")]
 )
 def test_npu_mask_must_be_ascending_ordinals(fake: FakeHost, mask: str, complaint: str) -> None:
     """CANN reads ordinals in ascending order only; any other mask is reported."""
