@@ -52,15 +52,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if "LOCAL_RANK" not in os.environ:
         end_with_error("no ranks: start it with torchrun --nproc-per-node N pretrain_gpt.py [flags]")
     args.world_size = int(os.environ["WORLD_SIZE"])
-    if args.tp is None:
-        args.tp = 2 if args.world_size % (2 * max(args.pp, 1)) == 0 else 1
-    problems = find_problems(args)
+    problems = number_problems(args)
+    if not problems:
+        fill_in(args)
+        problems = layout_problems(args) + batch_problems(args)
     if problems:
         end_with_error("; ".join(problems))
-    args.dp = args.world_size // (args.tp * args.pp)
-    # Padded so that every tensor-parallel rank holds the same number of rows.
-    args.padded_vocab_size = -(-VOCAB_SIZE // args.tp) * args.tp
     return args
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """What follows from the flags and the number of ranks."""
+    if args.tp is None:
+        args.tp = 2 if args.world_size % (2 * args.pp) == 0 else 1
+    args.dp = max(1, args.world_size // (args.tp * args.pp))
+    if args.micro_batch_size is None:  # a pipeline needs several microbatches, to keep its stages busy
+        args.micro_batch_size = max(1, args.global_batch_size // (args.dp * args.pp))
+    args.validation_samples = round_up(args.validation_samples, args.micro_batch_size * args.dp)
+    # Every tensor-parallel rank holds the same number of rows of the embedding.
+    args.padded_vocab_size = round_up(VOCAB_SIZE, args.tp)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple: round_up(5, 4) is 8."""
+    return -(-number // multiple) * multiple
 
 
 def build_parser() -> Parser:
@@ -91,7 +106,7 @@ def add_layout_flags(group) -> None:
 def add_model_flags(group) -> None:
     """The size of the model; a checkpoint only loads into the size it was saved from."""
     flag = group.add_argument
-    flag("--layers", type=int, default=3, help="transformer layers")
+    flag("--layers", type=int, default=4, help="transformer layers")
     flag("--hidden", type=int, default=128, help="width of the model")
     flag("--heads", type=int, default=4, help="attention heads")
     flag("--seq-length", type=int, default=128, help="bytes in one training sample")
@@ -100,13 +115,13 @@ def add_model_flags(group) -> None:
 def add_training_flags(group) -> None:
     """How long, how fast, and how much at a time."""
     flag = group.add_argument
-    flag("--steps", type=int, default=700, help="the step at which training ends, resumed or not")
+    flag("--steps", type=int, default=600, help="the step at which training ends, resumed or not")
     flag("--max-minutes", type=float, default=6.0, help="end training earlier after this time; 0: never")
-    flag("--micro-batch-size", type=int, default=16, help="samples in one forward pass")
+    flag("--micro-batch-size", type=int, help="samples in one forward pass; unset: global / dp / pp")
     flag("--global-batch-size", type=int, default=16, help="samples in one step, over all ranks")
     flag("--lr", type=float, default=3e-3, help="highest learning rate")
     flag("--seed", type=int, default=1234, help="seed of the weights, the data order and the sample text")
-    flag("--validation-samples", type=int, default=256, help="samples that the validation loss is a mean of")
+    flag("--validation-samples", type=int, default=256, help="samples of the validation loss; rounded up")
     flag("--print-every", type=int, default=25, help="steps between two lines of progress")
     flag("--timeout-s", type=float, default=600.0, help="longest wait for another rank, in seconds")
 
@@ -116,7 +131,7 @@ def add_file_flags(group) -> None:
     flag = group.add_argument
     flag("--data", nargs="+", metavar="FILE", help="train on these text files instead")
     flag("--out", type=Path, default=Path("runs/pretrain_gpt"), help="folder for all results")
-    flag("--save-every", type=int, default=250, help="steps between checkpoints; the end saves too; 0: none")
+    flag("--save-every", type=int, default=200, help="steps between checkpoints; the end saves too; 0: none")
     flag("--keep", type=int, default=2, help="checkpoints to keep")
     flag("--load", type=Path, help="continue from this checkpoint: a step_ folder, or the --out of a run")
     flag("--finetune", action="store_true", help="take only the weights from --load, and start at step 0")
@@ -126,16 +141,20 @@ def add_file_flags(group) -> None:
 # ------------------------------------------------------------------------------- what cannot be done
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
-    """Everything that is wrong with the flags, each as one clause that names the flags and the numbers."""
+def number_problems(args: argparse.Namespace) -> list[str]:
+    """Flags that are too small for any layout, each as one clause; the other checks can divide by them."""
     positive = "tp pp layers hidden heads seq_length micro_batch_size global_batch_size validation_samples"
     positive += " print_every keep lr timeout_s"
-    problems = [f"{flag_of(name)} must be above 0" for name in positive.split() if getattr(args, name) <= 0]
+    problems = [
+        f"{flag_of(name)} must be above 0"
+        for name in positive.split()
+        if getattr(args, name) is not None and getattr(args, name) <= 0
+    ]
     not_negative = ("steps", "max_minutes", "save_every", "sample_bytes")
     problems += [f"{flag_of(name)} must not be negative" for name in not_negative if getattr(args, name) < 0]
     if args.finetune and args.load is None:
         problems.append("--finetune needs --load")
-    return problems or layout_problems(args) + batch_problems(args)
+    return problems
 
 
 def flag_of(name: str) -> str:
@@ -162,12 +181,11 @@ def layout_problems(args: argparse.Namespace) -> list[str]:
 
 
 def batch_problems(args: argparse.Namespace) -> list[str]:
-    """Where the samples of a step, or of the validation, do not divide over the data-parallel ranks."""
-    dp = max(1, args.world_size // (args.tp * args.pp))
-    share = args.micro_batch_size * dp
+    """Where the samples of a step do not divide over the data-parallel ranks."""
+    share = args.micro_batch_size * args.dp
+    if args.global_batch_size % share == 0:
+        return []
     return [
-        f"{flag_of(name)} {getattr(args, name)} is not a multiple of {share} "
-        f"(--micro-batch-size {args.micro_batch_size} x {dp} data-parallel ranks)"
-        for name in ("global_batch_size", "validation_samples")
-        if getattr(args, name) % share
+        f"--global-batch-size {args.global_batch_size} is not a multiple of {share} "
+        f"(--micro-batch-size {args.micro_batch_size} x {args.dp} data-parallel ranks)"
     ]

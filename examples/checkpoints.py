@@ -4,10 +4,10 @@ The content is Megatron-Core's distributed format (`torch_dist`): every tensor i
 whole model, so what was saved at TP=2 loads at TP=1, PP=2 or DP=2. The safety is plain files:
 
     checkpoints/
-      step_0000250/            a whole checkpoint: it got this name after its last byte was written
-      step_0000500/
-      latest                   "step_0000500"; replaced in one motion, after the folder has its name
-      step_0000750.partial/    a save that was cut short; never read, removed by the next save
+      step_0000200/            a whole checkpoint: it got this name after its last byte was written
+      step_0000400/
+      latest                   "step_0000400"; replaced in one motion, after the folder has its name
+      step_0000600.partial/    a save that was cut short; never read, removed by the next save
 
 A job killed at any moment leaves the last whole checkpoint, and `latest` naming it.
 """

@@ -1,7 +1,7 @@
 """Pre-train a small GPT on bytes with Megatron-Core: tensor, pipeline and data parallel, resumable.
 
     torchrun --nproc-per-node 2 pretrain_gpt.py                        # tensor parallel over two GPUs
-    torchrun --nproc-per-node 8 pretrain_gpt.py --tp 2 --pp 2 --layers 4 --bf16 --distributed-optimizer
+    torchrun --nproc-per-node 8 pretrain_gpt.py --tp 2 --pp 2 --bf16 --distributed-optimizer
     torchrun --nproc-per-node 2 pretrain_gpt.py --load runs/pretrain_gpt --steps 2000
 
 Read it from top to bottom: the layout of the ranks, the model, one training step, the loss on text that the
@@ -88,7 +88,7 @@ def print_once(line: str) -> None:
 def model_config(args: Namespace) -> TransformerConfig:
     """Blocks in the shape of Llama's (SwiGLU, rotary positions, no biases), in any layout.
 
-    LayerNorm and not RMSNorm: of Megatron-Core's own norms, only LayerNorm can be sequence parallel.
+    LayerNorm and not RMSNorm: without TransformerEngine, only LayerNorm can be sequence parallel.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     return TransformerConfig(
@@ -326,8 +326,9 @@ def main() -> None:
     summary = progress.summary() | {"layout": layout, "precision": precision, "ranks": args.world_size}
     summary["validation_loss"] = validation_loss(args, model, text)
     print_once(f"validation loss {summary['validation_loss']:.4f} nats/byte (chance: {log(VOCAB_SIZE):.2f})")
-    sample = write_sample(model, "def ", args.sample_bytes, args.seq_length, args.seed)
+    sample = ""
     if args.sample_bytes:
+        sample = write_sample(model, "def ", args.sample_bytes, seq_length=args.seq_length, seed=args.seed)
         print_once(f"the model writes:\n\n{sample}\n")
     progress.finish(summary, sample)
     torch.distributed.destroy_process_group()

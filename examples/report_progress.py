@@ -38,9 +38,7 @@ class Progress:
     Every rank has one, to keep the training loop free of special cases; only rank 0's writes and prints.
     """
 
-    def __init__(
-        self, out: Path, is_writer: bool, steps: tuple[int, int], tokens_per_step: int, print_every: int
-    ):
+    def __init__(self, out: Path, is_writer: bool, steps: tuple[int, int], tokens_per_step: int, print_every: int):
         self.out, self.is_writer, self.print_every = out, is_writer, print_every
         self.first_step, self.last_step = steps
         self.step = self.first_step  # the last one done

@@ -15,7 +15,7 @@ from text_data import VOCAB_SIZE, decode
 
 
 def write_sample(
-    model: torch.nn.Module, prompt: str, num_bytes: int, seq_length: int, seed: int, temperature: float = 0.8
+    model: torch.nn.Module, prompt: str, num_bytes: int, *, seq_length: int, seed: int, temperature: float = 0.8
 ) -> str:
     """`prompt` and `num_bytes` more bytes; the same seed and weights give the same text in any layout."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, whose random numbers no layout changes

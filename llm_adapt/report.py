@@ -1,25 +1,22 @@
-"""Report: what was chosen, and why; one dataclass that prints as text and as JSON."""
+"""Report: what was chosen, and why; one object that prints as text and as JSON."""
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-__all__ = ["Line", "Report"]
+__all__ = ["Line", "Report", "Status"]
 
 log = logging.getLogger("llm_adapt")
 
 Status = Literal["ok", "waiting", "skipped", "problem"]
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One choice: its section (device, patch, effect ...), its subject, what was chosen, and the reason."""
 
     section: str
@@ -35,46 +32,42 @@ class Report:
 
     Attributes:
         device: name of the adapter in use.
-        lines: the choices, in the order they were made.
         versions: distribution -> installed version, "absent" when not installed.
+        recorded: the choices that were made once, in their order.
+        sources: asked anew for their lines at each look, since their choices change as the script imports.
     """
 
     device: str = ""
-    lines: list[Line] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
-    _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    recorded: list[Line] = field(default_factory=list)
+    sources: list[Callable[[], Iterable[Line]]] = field(default_factory=list)
+    _seen: dict[tuple[str, str], object] = field(default_factory=dict, repr=False)
+
+    @property
+    def lines(self) -> list[Line]:
+        """All choices as they stand now."""
+        return [*self.recorded, *(line for source in self.sources for line in source())]
 
     def add(self, section: str, subject: str, choice: str, reason: str, status: Status = "ok") -> None:
         """Record one choice."""
-        self.lines.append(Line(section, subject, choice, reason, status))
+        self.recorded.append(Line(section, subject, choice, reason, status))
 
     def once(self, subject: str, choice: str, reason: str) -> None:
         """Record, at its first use, something of the script that has no effect or another effect here."""
         key = (subject, choice)
-        if key in self._seen:  # the common case, without the lock
+        if key in self._seen:  # the common case
             return
-        with self._lock:
-            if key in self._seen:
-                return
-            self._seen.add(key)
+        mine = object()
+        if self._seen.setdefault(key, mine) is mine:  # the first of several threads; no lock that a fork could catch
             self.add("effect", subject, choice, reason)
-        log.info("%s: %s (%s)", subject, choice, reason)
-
-    def add_versions(self, distributions: tuple[str, ...]) -> None:
-        """Look up installed versions by distribution name; a package's own word is not asked (some lie)."""
-        for name in distributions:
-            try:
-                self.versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                self.versions[name] = "absent"
+            log.info("%s: %s (%s)", subject, choice, reason)
 
     def as_dict(self) -> Mapping[str, object]:
         """Plain data for JSON."""
         return {
             "device": self.device,
             "versions": self.versions,
-            "choices": [asdict(line) for line in self.lines],
+            "choices": [line._asdict() for line in self.lines],
         }
 
     def to_json(self) -> str:
@@ -89,12 +82,12 @@ class Report:
         partial.replace(path)
 
     def to_text(self) -> str:
-        """The report as text: one line a choice, applied patches counted per section."""
+        """The report as text: one line a choice, applied patches counted per module."""
         rows = [f"llm_adapt on {self.device}"]
         rows += [f"  {name} {version}" for name, version in self.versions.items()]
         applied: dict[str, int] = {}
         for line in self.lines:
-            if line.section == "patch" and line.status in ("ok", "waiting"):
+            if line.section == "patch" and line.choice in ("applied", "waiting"):
                 key = f"{line.subject.partition(':')[0]} ({line.choice})"
                 applied[key] = applied.get(key, 0) + 1
             else:

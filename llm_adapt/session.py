@@ -4,48 +4,48 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import llm_adapt
 from llm_adapt.adapters import activate, detect
 from llm_adapt.adapters.base import DeviceAdapter
 from llm_adapt.errors import PatchError
 from llm_adapt.frameworks import coexistence
 from llm_adapt.frameworks.context import Context
 from llm_adapt.patching import Entry, Plan
-from llm_adapt.report import Report
+from llm_adapt.report import Line, Report, Status
 from llm_adapt.settings import Settings, resolve
 
 __all__ = ["current_adapter", "is_patched", "patch", "patch_child", "patched", "report", "unpatch"]
 
 # Each is a module of llm_adapt.frameworks with `rows(context)`.
 _TABLES = ("torch_cuda", "megatron")
+_STATUS: dict[str, Status] = {"waiting": "waiting", "skipped": "skipped", "stale": "problem"}
 
 
 @dataclass
 class _Session:
-    """What unpatch() needs to put everything back."""
+    """What unpatch() needs to put everything back.
+
+    Attributes:
+        environment: variables that patch() changed: name -> value before and after, None = not set.
+        pid: the process that called patch(); a forked child is patched too, and leaves the report to its parent.
+        blocks: how many `with patched()` blocks are open; None when patch() was called outside of any.
+    """
 
     settings: Settings
     context: Context
     plan: Plan
-    environment: dict[str, str]
-
-    def refresh(self) -> Report:
-        """The report with the present state of every row (rows of modules imported since are applied)."""
-        report = self.context.report
-        report.lines = [line for line in report.lines if line.section != "patch" or line.reason.startswith("=")]
-        for outcome in self.plan.outcomes.values():
-            row = outcome.row
-            status: Any = {"applied": "ok", "waiting": "waiting", "skipped": "skipped", "stale": "problem"}
-            subject = f"{row.target}[{row.key!r}]" if isinstance(row, Entry) else row.target
-            report.add("patch", subject, outcome.status, outcome.detail or row.reason, status[outcome.status])
-        return report
+    environment: Mapping[str, tuple[str | None, str | None]]
+    pid: int
+    blocks: int | None = None
 
 
 _session: _Session | None = None
@@ -61,14 +61,14 @@ def patch(
 ) -> Report:
     """Make this process run CUDA-written code on the device that is here.
 
-    A second call with the same arguments does nothing. Everything is undone by `unpatch()`; if anything fails
-    here, nothing stays patched.
+    A second call does nothing; it may repeat the arguments or leave them out. Everything is undone by
+    `unpatch()`; if anything fails here, nothing stays patched.
 
     Args:
         device: "cuda", "npu", "mlu", "dcu" or "cpu"; default: LLM_ADAPT_DEVICE, else the detected device.
         strict: every reported skip or mismatch becomes an error (LLM_ADAPT_STRICT).
         cpu_devices: how many CUDA ordinals the CPU presents (LLM_ADAPT_CPU_DEVICES).
-        out: folder that receives the report as JSON when the process ends (LLM_ADAPT_OUT).
+        out: folder that receives the report as JSON at unpatch() or the end of the process (LLM_ADAPT_OUT).
 
     Returns:
         The report: what was chosen, and why. It grows as the script imports and calls more.
@@ -78,85 +78,136 @@ def patch(
         DeviceError: no such device, the device is not here, or two devices are and none was chosen.
         PatchError: already patched with other arguments, another tool has taken over, or a row does not resolve.
     """
-    global _session
+    arguments: dict[str, Any] = {"device": device, "strict": strict, "cpu_devices": cpu_devices, "out": out}
     with _lock:
-        settings = resolve(device=device, strict=strict, cpu_devices=cpu_devices, out=out)
-        if _session is not None:
-            if settings != _session.settings:
-                raise PatchError(
-                    f"patch() was asked with {settings}; this process is patched with {_session.settings}. "
-                    "Call llm_adapt.unpatch() first."
-                )
-            return _session.refresh()
-        environment = dict(os.environ)
-        try:
-            requested_by = "patch(device=...)" if device is not None else "LLM_ADAPT_DEVICE"
-            _session = _start(settings, requested_by, environment)
-        except BaseException:
-            _restore_environment(environment)
-            raise
-        if settings.out is not None:
-            atexit.register(_save_at_exit)
-        return _session.refresh()
+        settings = resolve(**arguments)
+        if settings.out is not None:  # the script may change its folder
+            settings = replace(settings, out=os.path.abspath(settings.out))
+        if _session is None:
+            return _open(settings, "LLM_ADAPT_DEVICE" if device is None else "patch(device=...)").context.report
+        active = replace(_session.settings, device=_session.context.adapter.name)
+        given = [name for name, value in arguments.items() if value is not None]
+        other = [name for name in given if getattr(settings, name) != getattr(active, name)]
+        if other:
+            asked = ", ".join(f"{name}={getattr(settings, name)!r}" for name in other)
+            raise PatchError(
+                f"patch({asked}) was asked; this process is patched with {active}. Call llm_adapt.unpatch() first."
+            )
+        return _session.context.report
 
 
-def _start(settings: Settings, requested_by: str, environment: dict[str, str]) -> _Session:
+def _open(settings: Settings, requested_by: str) -> _Session:
+    """Start a session; if that fails, the environment is as before."""
+    global _session
+    before = dict(os.environ)
+    try:
+        with _collector_held():
+            context, plan = _start(settings, requested_by)
+    except BaseException:
+        _put_back(_changes(before))
+        raise
+    _session = _Session(settings, context, plan, _changes(before), os.getpid())
+    if settings.out is not None:
+        atexit.register(_save)
+    return _session
+
+
+def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     report = Report()
     detection = detect(settings.device, requested_by=requested_by)
     adapter = detection.adapter
     report.device = adapter.name
     report.add("device", adapter.name, adapter.title, detection.reason)
     context = Context(adapter, settings, report)
+    coexistence.check_switches(context)
     coexistence.check_active(context)
     for line in activate(adapter):
         report.add("device", adapter.name, "activated", line)
-    report.add_versions(adapter.version_sources)
+    coexistence.check_active(context)  # again: a plug-in may start a tool of its vendor
+    versions = adapter.versions()
+    report.versions = {name: "absent" for name in adapter.version_sources} | versions
     rows = [
         row
         for table in _TABLES
         for row in importlib.import_module(f"llm_adapt.frameworks.{table}").rows(context)
     ]  # fmt: skip
-    plan = Plan(
-        rows,
-        strict=settings.strict,
-        refused=coexistence.refused_modules(context),
-        before_import=coexistence.refuse_import,
-    )
+    plan = Plan(rows, strict=settings.strict, before_import=coexistence.on_import(context))
     plan.apply()
-    return _Session(settings, context, plan, environment)
+    report.sources.append(lambda: _lines(plan))
+    return context, plan
+
+
+def _lines(plan: Plan) -> Iterator[Line]:
+    """The present state of every row: rows of modules imported since patch() are applied."""
+    for row, status, detail in plan.outcomes():
+        subject = f"{row.target}[{row.key!r}]" if isinstance(row, Entry) else row.target
+        yield Line("patch", subject, status, detail or row.reason, _STATUS.get(status, "ok"))
+
+
+@contextlib.contextmanager
+def _collector_held() -> Iterator[None]:
+    """No garbage collection inside: rows are no garbage, and one pass over torch's objects takes longer than they."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def unpatch() -> None:
-    """Put everything back as it was before patch(); without a patch, do nothing."""
+    """Put everything back as it was before patch(); without a patch, do nothing.
+
+    What somebody else has put in the place of a replacement since is left alone, with a warning.
+    """
     global _session
     with _lock:
-        session, _session = _session, None
-        if session is None:
+        if _session is None:
             return
-        atexit.unregister(_save_at_exit)
-        session.plan.undo()
-        _restore_environment(session.environment, only=session.context.adapter.default_env)
+        atexit.unregister(_save)
+        try:
+            _save()
+        finally:
+            session, _session = _session, None
+            session.plan.undo()
+            _put_back(session.environment)
 
 
 @contextlib.contextmanager
 def patched(**arguments: Any) -> Iterator[Report]:
     """`with patched(...):` patch inside the block, whatever way it ends. Arguments as for `patch`.
 
-    Inside a process that is patched already, the block changes nothing, on entry or on exit.
+    Blocks may be nested and may overlap in several threads: the last one to end unpatches. Inside a process
+    that is patched already, a block changes nothing, on entry or on exit.
     """
     with _lock:
-        outermost = _session is None
+        is_outermost = _session is None
         found = patch(**arguments)
+        session = _session
+        assert session is not None
+        if is_outermost:
+            session.blocks = 0
+        if session.blocks is not None:
+            session.blocks += 1
     try:
         yield found
     finally:
-        if outermost:
-            unpatch()
+        with _lock:
+            if session.blocks is not None:
+                session.blocks -= 1
+                if session.blocks == 0 and _session is session:
+                    unpatch()
 
 
 def patch_child(arguments: dict[str, Any]) -> str:
-    """Patch a spawned child process as its parent is patched; called while the child unpickles its start data."""
-    return patch(**arguments).device
+    """Patch a spawned child process as its parent is patched; called while the child unpickles its start data.
+
+    The report is the parent's to write.
+    """
+    with _lock:
+        session = _session or _open(replace(resolve(**arguments), out=None), "the parent process")
+        return session.context.adapter.name
 
 
 def is_patched() -> bool:
@@ -170,7 +221,7 @@ def report() -> Report:
     Raises:
         PatchError: this process is not patched.
     """
-    return _active("report()").refresh()
+    return _active("report()").context.report
 
 
 def current_adapter() -> DeviceAdapter:
@@ -188,18 +239,31 @@ def _active(asked: str) -> _Session:
     return _session
 
 
-def _restore_environment(before: dict[str, str], only: Any = None) -> None:
-    """Put variables back: all of them after a failed patch(), those of the adapter after unpatch()."""
-    for name in set(os.environ) | set(before) if only is None else only:
-        if name in before:
-            os.environ[name] = before[name]
-        else:
-            os.environ.pop(name, None)
+def _changes(before: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    """Variables that differ from `before`: name -> value before and now."""
+    names = before.keys() | os.environ.keys()
+    pairs = {name: (before.get(name), os.environ.get(name)) for name in names}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
-def _save_at_exit() -> None:
+def _put_back(changes: Mapping[str, tuple[str | None, str | None]]) -> None:
+    """Undo changes of the environment, except where a variable has been changed again since."""
+    for name, (old, new) in changes.items():
+        if os.environ.get(name) == new:
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
+
+def _save() -> None:
+    """Write the report where it was asked for."""
     session = _session
-    if session is not None and session.settings.out is not None:
-        rank = int(os.environ.get("RANK", "0"))
-        name = "report.json" if rank == 0 else f"report.rank{rank}.json"
-        session.refresh().save(Path(session.settings.out) / name)
+    if session is not None and session.settings.out is not None and session.pid == os.getpid():
+        rank = os.environ.get("RANK", "") or "0"
+        name = "report.json" if rank == "0" else f"report.rank{rank}.json"
+        session.context.report.save(Path(session.settings.out) / name)
+
+
+# The import of the submodule of that name has just taken the function's place in the package.
+llm_adapt.report = report

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -128,7 +128,8 @@ def _checked(row: Setting, value: Any) -> Any:
     return parsed
 
 
-def _unknown(what: str, name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"Unknown {what}.{hint} Known: {', '.join(sorted(known))}."
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    by_ending = {item.removeprefix(PREFIX): item for item in known}  # what all have in common makes all look near
+    near = difflib.get_close_matches(name.removeprefix(PREFIX), by_ending, n=1, cutoff=0.6)
+    hint = f" Did you mean {by_ending[near[0]]}?" if near else ""
+    return f"Unknown {what}.{hint} Known: {', '.join(sorted(by_ending.values()))}."

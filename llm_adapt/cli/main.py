@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import llm_adapt
-from llm_adapt.cli import doctor, render, run
+from llm_adapt.cli import doctor, run, worker
 from llm_adapt.errors import LlmAdaptError
 
-__all__ = ["CONFIGURATION_ERROR", "build_parser", "main"]
-
-CONFIGURATION_ERROR = 78  # sysexits.h EX_CONFIG: no script returns it by accident
+__all__ = ["build_parser", "main"]
 
 _EXAMPLES = """examples:
   llm-adapt run --nproc 2 pretrain.py --lr 3e-4     any CUDA script, unchanged, on the device that is here
@@ -38,14 +37,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error of llm_adapt is one screen, never a stack trace."""
-    args = build_parser().parse_args(argv)
     try:
-        return int(args.func(args))
+        try:
+            args = build_parser().parse_args(argv)
+            return int(args.func(args))
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends: `llm-adapt doctor | head` closes it early
     except LlmAdaptError as error:
-        render.error(error)
-        return CONFIGURATION_ERROR
+        worker.show(error)
+        return worker.REFUSED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `llm-adapt doctor | head`
-        sys.stderr.close()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
         return 141

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llm_adapt.errors import CommError
 
-__all__ = ["Ranks", "outer_ranks"]
+__all__ = ["Ranks", "local_rank", "outer_ranks"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,41 @@ class Ranks:
         }
 
 
-# launcher -> variables for rank, world size, local rank, local world size
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "OpenMPI": (
+@dataclass(frozen=True)
+class _Launcher:
+    """Variables of one launcher; of several names the first that is set counts."""
+
+    source: str
+    rank: str
+    world_size: tuple[str, ...]
+    local_rank: str
+    local_world_size: tuple[str, ...]
+
+
+# Inside srun the SLURM_STEP_* variables are the step's own; the others may be left over from the whole job.
+_LAUNCHERS = (
+    _Launcher("torchrun", "RANK", ("WORLD_SIZE",), "LOCAL_RANK", ("LOCAL_WORLD_SIZE",)),
+    _Launcher(
+        "OpenMPI",
         "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_SIZE",),
         "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-}
+    _Launcher(
+        "Slurm",
+        "SLURM_PROCID",
+        ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
+        "SLURM_LOCALID",
+        ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+    ),
+)
+
+
+def local_rank(environ: Mapping[str, str]) -> str:
+    """The local rank as an outer launcher wrote it, "" when there is none. Never raises."""
+    launcher = next((one for one in _LAUNCHERS if one.rank in environ), None)
+    return "" if launcher is None else environ.get(launcher.local_rank, "")
 
 
 def outer_ranks(environ: Mapping[str, str]) -> Ranks | None:
@@ -54,36 +78,103 @@ def outer_ranks(environ: Mapping[str, str]) -> Ranks | None:
     Raises:
         CommError: the variables are incomplete or contradict each other.
     """
-    for source, names in _LAUNCHERS.items():
-        if names[0] in environ and names[1] in environ:
-            return _checked(source, names, environ)
-    return None
-
-
-def _checked(source: str, names: tuple[str, str, str, str], environ: Mapping[str, str]) -> Ranks:
-    rank, world = _number(environ, names[0]), _number(environ, names[1])
-    if not 0 <= rank < world:
-        raise CommError(f"{source} gave {names[0]}={rank} and {names[1]}={world}; a rank lies below the world size.")
-    local_rank = _number(environ, names[2], default=rank if world == 1 else None)
-    local_world = _number(environ, names[3], default=world if source == "torchrun" else 1)
-    if source == "Slurm":
-        local_world = max(local_world, local_rank + 1)
-    one_node = local_world >= world
-    address = environ.get("MASTER_ADDR") or (_first_slurm_node(environ) if source == "Slurm" else "")
-    if not address and not one_node:
+    launcher = next((one for one in _LAUNCHERS if one.rank in environ), None)
+    if launcher is None:
+        return None
+    source, rank = launcher.source, _number(environ, launcher.rank)
+    size = _first_set(launcher.world_size, environ)
+    if size is None:
         raise CommError(
-            f"{source} started {world} ranks on several nodes without MASTER_ADDR. Set it to rank 0's host."
+            f"{launcher.rank}={rank} was found without {launcher.world_size[0]}. Set both or none, or pass --nproc to "
+            "ignore it."
         )
-    port = _number(environ, "MASTER_PORT", default=_port_of_job(environ))
-    return Ranks(source, rank, world, local_rank, local_world, address or "127.0.0.1", port)
+    world = _number(environ, size)
+    if rank >= world:
+        raise CommError(
+            f"{source} gave {launcher.rank}={rank} and {size}={world}; a rank lies below the number of ranks. "
+            "Correct or unset both, or pass --nproc to ignore them."
+        )
+    _check_started_by_srun(source, world, environ)
+    local = _local_rank(launcher, rank, world, environ)
+    local_world = _local_world(launcher, local, world, environ)
+    address = environ.get("MASTER_ADDR") or (_first_slurm_node(environ) if source == "Slurm" else "")
+    if not address and local_world < world:
+        raise CommError(
+            f"{source} started {world} ranks, {local_world} of them here, without MASTER_ADDR. "
+            "Set it to the host of rank 0, or pass --master-addr."
+        )
+    port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _port_of_job(environ)
+    if not 1 <= port <= 65535:
+        raise CommError(f"MASTER_PORT={port} was found; a port is a number from 1 to 65535. Correct or unset it.")
+    return Ranks(source, rank, world, local, local_world, address or "127.0.0.1", port)
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environ.get(name, "" if default is None else str(default))
-    match = re.match(r"(\d+)(\(x\d+\))?(,.*)?\Z", text)  # Slurm writes "2(x3),1" for tasks per node
-    if match is None:
-        raise CommError(f"{name}={text!r} was found; a rank or size is a number. Correct or unset it.")
-    return int(match[1])
+def _check_started_by_srun(source: str, world: int, environ: Mapping[str, str]) -> None:
+    """Refuse to wait for ranks that nobody starts: a batch script looks like rank 0 of all its tasks."""
+    in_step = "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ
+    if source == "Slurm" and world > 1 and "SLURM_JOB_ID" in environ and not in_step:
+        raise CommError(
+            f"Slurm gave SLURM_NTASKS={world} and no SLURM_STEP_ID: this is a batch script, not one of its tasks. "
+            "Say `srun llm-adapt run ...` to start every task, or pass --nproc to start processes here."
+        )
+
+
+def _local_rank(launcher: _Launcher, rank: int, world: int, environ: Mapping[str, str]) -> int:
+    if launcher.local_rank in environ:
+        return _number(environ, launcher.local_rank)
+    if world == 1:
+        return 0
+    size = launcher.world_size[0]
+    raise CommError(
+        f"{launcher.rank}={rank} and {size}={world} were found without {launcher.local_rank}. If they count machines, "
+        f"pass --nproc, --nnodes ${size} and --node-rank ${launcher.rank}; else set {launcher.local_rank}."
+    )
+
+
+def _local_world(launcher: _Launcher, local: int, world: int, environ: Mapping[str, str]) -> int:
+    """Ranks on this machine; without a word about it, all of them."""
+    name = _first_set(launcher.local_world_size, environ)
+    if name is None:
+        size = world
+    elif launcher.source == "Slurm":  # may speak of the whole job, of which this step is a part
+        size = min(max(_tasks_here(name, environ), local + 1), world)
+    else:
+        size = _number(environ, name)
+    if not local < size <= world:
+        raise CommError(
+            f"{launcher.source} gave {launcher.local_rank}={local} among {size} ranks here and {world} in all, which "
+            "cannot be. Correct or unset its variables, or pass --nproc to ignore them."
+        )
+    return size
+
+
+def _tasks_here(name: str, environ: Mapping[str, str]) -> int:
+    """Tasks on this node: entry SLURM_NODEID of "2(x3),1", which says 2 on each of three nodes and 1 on the next."""
+    node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
+    tasks = 0
+    for part in environ[name].split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        if match is None:
+            raise _not_a_number(name, environ[name])
+        tasks = int(match[1])
+        node -= int(match[2] or 1)
+        if node < 0:
+            break
+    return tasks
+
+
+def _first_set(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
+    return next((name for name in names if name in environ), None)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", environ[name]):
+        raise _not_a_number(name, environ[name])
+    return int(environ[name])
+
+
+def _not_a_number(name: str, text: str) -> CommError:
+    return CommError(f"{name}={text[:80]!r} was found; a rank or size is a number. Correct or unset it.")
 
 
 def _first_slurm_node(environ: Mapping[str, str]) -> str:
@@ -96,4 +187,4 @@ def _first_slurm_node(environ: Mapping[str, str]) -> str:
 def _port_of_job(environ: Mapping[str, str]) -> int:
     """The same free-looking port on every rank of a Slurm job; 29500 elsewhere."""
     job = environ.get("SLURM_JOB_ID", "")
-    return 15000 + int(job) % 20000 if job.isdigit() else 29500
+    return 15000 + int(job) % 20000 if re.fullmatch(r"[0-9]{1,18}", job) else 29500

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
-import signal
+import socket
 import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from llm_adapt.adapters import detect
 from llm_adapt.cli import worker
-from llm_adapt.cli.ranks import outer_ranks
-from llm_adapt.errors import CommError, LlmAdaptError
+from llm_adapt.cli.agent import launch
+from llm_adapt.cli.ranks import Ranks, outer_ranks
+from llm_adapt.errors import CommError, LlmAdaptError, SettingsError
 from llm_adapt.settings import SETTINGS, Settings, resolve
 
 __all__ = ["ScriptError", "add_parser", "run_script"]
@@ -29,7 +27,8 @@ _EXAMPLES = """examples:
   srun llm-adapt run pretrain_gpt.py                       ranks come from Slurm (or mpirun, or torchrun)
   llm-adapt run --out runs/a train.py                      writes runs/a/report.json: what was chosen, and why
 
-The exit code, signals and tracebacks are the script's own; 78 means that llm-adapt itself refused to start.
+The exit code, signals and tracebacks are the script's own; of several processes the first that fails gives the
+exit code, 128 + N when signal N killed it. 78 means that llm-adapt itself refused to start.
 """
 
 
@@ -43,154 +42,142 @@ def add_parser(subparsers: Any) -> None:
         "run",
         help="run a CUDA script unchanged on the device that is here",
         description="Run a CUDA-written script, unchanged, under torchrun, patched in every process.",
+        usage="llm-adapt run [options] script.py [args ...]\n       llm-adapt run [options] -m module [args ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--device", help="cuda, npu, mlu, dcu or cpu (default: LLM_ADAPT_DEVICE, else detected)")
-    parser.add_argument("--nproc", type=_count, help="processes on this machine (default 1)")
-    parser.add_argument("--nnodes", type=_count, default=1, help="machines in the job")
-    parser.add_argument("--node-rank", type=int, default=0, help="which of them this one is, from 0")
-    parser.add_argument("--master-addr", help="host of machine 0 (needed with --nnodes)")
-    parser.add_argument("--master-port", type=_count, default=29500, help="its free port (default 29500)")
-    parser.add_argument("--cpu-devices", type=_count, help="CUDA ordinals the CPU presents (default: --nproc)")
+    parser.add_argument("--nproc", type=_number(1, 1024), metavar="N", help="processes on this machine (default 1)")
+    parser.add_argument("--nnodes", type=_number(1, 65536), default=1, metavar="N", help="machines in the job")
+    parser.add_argument(
+        "--node-rank", type=_number(0, 65535), default=0, metavar="R", help="which of them this one is, from 0"
+    )
+    parser.add_argument("--master-addr", metavar="HOST", help="host of machine 0 (needed with --nnodes)")
+    parser.add_argument("--master-port", type=_number(1, 65535), metavar="PORT", help="its free port (default 29500)")
+    parser.add_argument(
+        "--cpu-devices", type=_number(1, 1024), metavar="N", help="CUDA ordinals the CPU presents (default: --nproc)"
+    )
     parser.add_argument("--strict", action="store_true", default=None, help="reported skips become errors")
-    parser.add_argument("--out", type=Path, help="folder for report.json")
+    parser.add_argument("--out", metavar="DIR", help="folder for report.json")
     parser.add_argument("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
     parser.add_argument("script", help="the script (with -m: the module)")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
     parser.set_defaults(func=run_script)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} was given; at least 1 is needed")
-    return number
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} was given; a number from {low} to {high} is needed")
+        return int(text)
+
+    return parse
 
 
 def run_script(args: argparse.Namespace) -> int:
     """Check everything that can be checked without starting a process, then start them."""
-    arguments = {name: getattr(args, name) for name in ("device", "strict", "cpu_devices", "out")}
-    settings = resolve(**arguments)
-    detection = detect(settings.device, requested_by="--device" if args.device else "LLM_ADAPT_DEVICE")
-    _check_script(args)
+    settings = resolve(**{name: getattr(args, name) for name in ("device", "strict", "cpu_devices", "out")})
     _check_nodes(args)
-    environment = _settings_environment(settings)
-    ranks = outer_ranks(os.environ) if args.nproc is None and args.nnodes == 1 else None
-    if ranks is not None:
-        os.environ.update(environment | ranks.environment())
-        return worker.run(args.script, args.args, args.is_module)
+    ranks = _single_rank(args) if args.nproc == 1 and args.nnodes == 1 else _ranks_from_outside(args)
+    _check_script(args)
+    detection = detect(settings.device, requested_by="--device" if args.device else "LLM_ADAPT_DEVICE")
+    variables = _as_variables(settings) | worker.patched_start(os.environ)
     nproc = args.nproc or 1
-    note = f"llm-adapt: {detection.adapter.title} ({detection.reason}); {nproc * args.nnodes} process(es)"
-    print(note, file=sys.stderr, flush=True)
-    if detection.adapter.name == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    return _launch(args, nproc, environment)
+    if ranks is None or ranks.rank == 0:
+        said = _processes(args, ranks.world_size if ranks is not None else nproc * args.nnodes)
+        print(f"llm-adapt: {detection.adapter.title} ({detection.reason}); {said}", file=sys.stderr, flush=True)
+    command = worker.command(args.script, args.args, args.is_module)
+    if ranks is not None:  # this process is the only one here, or one that an outer launcher made: become the script
+        sys.stdout.flush()
+        os.execve(command[0], command, {**os.environ, **variables, **ranks.environment()})
+    return launch(args, nproc, command, variables)
 
 
-def _settings_environment(settings: Settings) -> dict[str, str]:
+def _processes(args: argparse.Namespace, count: int) -> str:
+    said = "1 process" if count == 1 else f"{count} processes"
+    if args.nnodes == 1:
+        return said
+    return f"{said} on {args.nnodes} machines, of which this is {args.node_rank}; they meet at {args.master_addr}"
+
+
+def _ranks_from_outside(args: argparse.Namespace) -> Ranks | None:
+    """Ranks given by torchrun, Slurm or OpenMPI, one process without them; None when processes are asked for."""
+    if args.nproc is not None or args.nnodes > 1:
+        return None
+    given = {"MASTER_ADDR": args.master_addr, "MASTER_PORT": args.master_port}
+    flags = {name: str(value) for name, value in given.items() if value is not None}
+    return outer_ranks({**os.environ, **flags}) or _single_rank(args)
+
+
+def _single_rank(args: argparse.Namespace) -> Ranks:
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    return Ranks("llm-adapt", 0, 1, 0, 1, args.master_addr or "127.0.0.1", args.master_port or free_port)
+
+
+def _as_variables(settings: Settings) -> dict[str, str]:
     """Settings as variables for the processes; a value given by flag overrides the variable."""
     found = {}
     for name, row in SETTINGS.items():
         value = getattr(settings, name)
-        if value is not None:
+        if value is not None and value is not False:
             found[row.variable] = str(int(value)) if isinstance(value, bool) else str(value)
-    if "OMP_NUM_THREADS" in os.environ:
-        found["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+    if settings.out is not None:
+        found[SETTINGS["out"].variable] = _folder(settings.out)
     return found
 
 
-def _check_script(args: argparse.Namespace) -> None:
-    if args.is_module:
-        sys.path.insert(0, os.getcwd())
-        try:
-            spec = importlib.util.find_spec(args.script)
-        except (ImportError, ValueError) as error:
-            raise ScriptError(f"Module {args.script!r} was asked; it cannot be found: {error}.") from None
-        finally:
-            sys.path.pop(0)
-        if spec is None:
-            raise ScriptError(f"Module {args.script!r} was asked; it is not installed and not in {os.getcwd()}.")
-        return
-    path = Path(args.script)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise ScriptError(f"Script {args.script!r} was asked; found {found} there (from {os.getcwd()}).")
+def _folder(out: str) -> str:
+    """Make the folder of --out now: the script may change its own, and at its end it is too late to refuse."""
+    folder = os.path.abspath(out)
     try:
-        compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
-    except OSError as error:
-        raise ScriptError(f"Script {args.script!r} was asked; it cannot be read: {error.strerror}.") from None
-    except (SyntaxError, ValueError) as error:
-        raise ScriptError(f"Script {args.script!r} was asked; it is not Python: {error}.") from None
+        os.makedirs(folder, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "this user may not write there"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        raise SettingsError(f"--out or LLM_ADAPT_OUT asked for reports in {out!r}, which cannot be: {reason}.")
+    return folder
+
+
+def _check_script(args: argparse.Namespace) -> None:
+    """Refuse what is not there at all. Everything else Python itself says, as without llm-adapt."""
+    if args.is_module:
+        if not _is_importable(args.script.partition(".")[0]):
+            raise ScriptError(
+                f"Module {args.script!r} was asked; it is not installed and not in {os.getcwd()}. "
+                "Name it as in an import statement, or drop -m to run a file."
+            )
+        return
+    asked = f"Script {args.script!r} was asked; "
+    if not os.path.exists(args.script):
+        raise ScriptError(f"{asked}found nothing there (from {os.getcwd()}). Correct the path.")
+    if os.path.isdir(args.script) and not os.path.isfile(os.path.join(args.script, "__main__.py")):
+        raise ScriptError(f"{asked}it is a folder without a __main__.py. Name a file in it.")
+    if not os.access(args.script, os.R_OK):
+        raise ScriptError(f"{asked}this user may not read it. Correct its permissions.")
+
+
+def _is_importable(package: str) -> bool:
+    """Whether a top-level package is here, without importing it: its code belongs to the patched processes."""
+    if package in sys.modules:
+        return True
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # no name at all
+        return False
+    finally:
+        del sys.path[0]
 
 
 def _check_nodes(args: argparse.Namespace) -> None:
     if args.nnodes > 1 and not args.master_addr:
-        raise CommError(f"--nnodes {args.nnodes} was asked without --master-addr; give the host of machine 0.")
-    if not 0 <= args.node_rank < args.nnodes:
-        raise CommError(f"--node-rank {args.node_rank} was asked with --nnodes {args.nnodes}; it counts from 0.")
-
-
-def _launch(args: argparse.Namespace, nproc: int, environment: Mapping[str, str]) -> int:
-    """Start the processes under torch's elastic agent and wait for them."""
-    os.environ.update(environment)
-    # The launcher itself computes nothing: a vendor plug-in is loaded in the workers, not here.
-    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    _put("TORCH_DEVICE_BACKEND_AUTOLOAD", autoload)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # _explain says it in one line
-    one_node = args.nnodes == 1
-    config = LaunchConfig(
-        min_nodes=args.nnodes,
-        max_nodes=args.nnodes,
-        nproc_per_node=nproc,
-        run_id=f"llm-adapt-{os.getpid()}" if one_node else "llm-adapt",
-        rdzv_backend="c10d" if one_node else "static",
-        rdzv_endpoint="127.0.0.1:0" if one_node else f"{args.master_addr}:{args.master_port}",
-        rdzv_configs={"timeout": 900} if one_node else {"rank": args.node_rank, "timeout": 900},
-        local_addr="127.0.0.1" if one_node else None,
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "llm_adapt.cli.worker",
-        *(["-m"] if args.is_module else []),
-        args.script,
-        *args.args,
-    ]
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        return _explain(error, nproc * args.nnodes)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
-    return 0
-
-
-def _put(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-def _explain(error: Any, world_size: int) -> int:
-    """Say which rank failed first and how; return the script's exit code, 128 + N for signal N."""
-    rank, failure = error.get_first_failure()
-    if failure.exitcode == worker.REFUSED:  # the worker has shown the reason
-        return failure.exitcode
-    when = time.strftime("%H:%M:%S", time.localtime(failure.timestamp))
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        how = f"was killed by {name}"
-    else:
-        how = f"ended with exit code {failure.exitcode}"
-    others = "" if world_size == 1 else f" The other {world_size - 1} rank(s) were stopped."
-    print(f"llm-adapt: rank {rank} of {world_size} (pid {failure.pid}) {how} at {when}.{others}", file=sys.stderr)
-    return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+        raise CommError(f"--nnodes {args.nnodes} was asked without --master-addr. Give the host of machine 0.")
+    if args.node_rank >= args.nnodes:
+        raise CommError(
+            f"--node-rank {args.node_rank} was asked with --nnodes {args.nnodes}. Machines count from 0 to "
+            f"{args.nnodes - 1}."
+        )

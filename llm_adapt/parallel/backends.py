@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from llm_adapt.adapters.base import DeviceAdapter
@@ -24,11 +25,11 @@ def translate_backend(backend: Any, adapter: DeviceAdapter) -> Any:
     if ":" not in backend:
         return adapter.backend if backend.lower() == "nccl" else backend
     parts: dict[str, str] = {}
-    for part in backend.split(","):
+    for part in sorted(backend.split(","), key=lambda part: part.startswith("cuda:")):  # cuda last: it decides
         device, _, name = part.partition(":")
-        device = adapter.device_type if device == "cuda" else device
+        device, is_cuda = (adapter.device_type, True) if device == "cuda" else (device, False)
         name = adapter.backend if name.lower() == "nccl" else name
-        if parts.get(device, name) != name and device != adapter.device_type:
+        if parts.get(device, name) != name and not is_cuda:
             raise CommError(f"backend={backend!r} was asked; {device} stands there twice. Name each device once.")
         parts[device] = name
     return ",".join(f"{device}:{name}" for device, name in parts.items())
@@ -37,7 +38,10 @@ def translate_backend(backend: Any, adapter: DeviceAdapter) -> Any:
 class _NcclConfig:
     """Fields of NCCL's communicator configuration (torch.distributed.ProcessGroupNCCL.NCCLConfig)."""
 
-    __slots__ = ("blocking", "cga_cluster_size", "collnet_enable", "max_ctas", "min_ctas", "net_name", "split_share")
+    __slots__ = (
+        *("blocking", "cga_cluster_size", "collnet_enable", "comm_name", "cta_policy", "max_ctas", "min_ctas"),
+        *("net_name", "nvls_ctas", "split_share", "traffic_class"),
+    )
 
 
 class NcclOptions:
@@ -46,11 +50,15 @@ class NcclOptions:
     A field that NCCL does not have raises AttributeError, as the real one does.
     """
 
-    __slots__ = ("_timeout", "config", "global_ranks_in_group", "group_name", "is_high_priority_stream")
+    __slots__ = (
+        *("_timeout", "config", "global_ranks_in_group", "group_desc", "group_name", "is_high_priority_stream"),
+        *("split_color", "split_from"),
+    )
 
     def __init__(self, is_high_priority_stream: bool = False) -> None:
         self.is_high_priority_stream = is_high_priority_stream
         self.config = _NcclConfig()
+        self._timeout = timedelta(minutes=10)  # NCCL's default; a DeviceMesh reads it
 
 
 class ProcessGroupNCCL:

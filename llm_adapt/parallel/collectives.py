@@ -2,11 +2,14 @@
 
 Checked against torch 2.13 gloo: it has AVG, bfloat16, uneven all_to_all and coalescing; it lacks PREMUL_SUM
 and the one-byte floating-point types, and takes flat collectives only in one shape.
+
+Workaround: gloo-missing-collectives
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch.distributed as dist
 
 from llm_adapt.errors import CommError
 
-__all__ = ["bytewise", "flat_gather", "flat_scatter", "premultiplied"]
+__all__ = ["bytewise", "flat_gather", "flat_scatter", "premultiplied", "premultiplied_reduce", "uncoalesced"]
 
 _BYTE_FLOATS = frozenset(
     getattr(torch, name)
@@ -25,55 +28,80 @@ _BYTE_FLOATS = frozenset(
 
 
 def premultiplied(original: Callable[..., Any]) -> Callable[..., Any]:
-    """all_reduce and reduce with ReduceOp.PREMUL_SUM: each input times its factor, then the sum.
-
-    NCCL leaves the input of `reduce` on ranks other than dst alone; so does this.
-    """
-    is_reduce = original.__name__ == "reduce"
+    """all_reduce and reduce_scatter with ReduceOp.PREMUL_SUM: each input times its factor, then the sum."""
+    signature, changes_input = inspect.signature(original), original.__name__ == "all_reduce"
 
     @functools.wraps(original)
-    def reduction(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs, factor = _without_factor(args, kwargs)
+    def reduction(*args: Any, **kwargs: Any) -> Any:
+        call, factor = _without_factor(signature, args, kwargs)
         if factor is None:
-            return original(tensor, *args, **kwargs)
-        if not is_reduce:
-            tensor.mul_(factor)
-            return original(tensor, *args, **kwargs)
-        if kwargs.get("async_op"):
-            raise CommError("reduce with PREMUL_SUM and async_op=True was asked; gloo has none. Use async_op=False.")
-        scaled = tensor * factor
-        original(scaled, *args, **kwargs)
-        dst = args[0] if args else kwargs.get("dst")
-        if dst == dist.get_rank() or kwargs.get("group_dst") == dist.get_rank(kwargs.get("group")):
-            tensor.copy_(scaled)
-        return None
+            return original(*args, **kwargs)
+        if changes_input:
+            call.arguments["tensor"].mul_(factor)
+        else:  # NCCL leaves the input alone
+            call.arguments["input_list"] = [item * factor for item in call.arguments["input_list"]]
+        return original(*call.args, **call.kwargs)
 
     return reduction
 
 
+def premultiplied_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`reduce` with ReduceOp.PREMUL_SUM; as NCCL, it leaves the input of every rank but dst alone."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def reduce(*args: Any, **kwargs: Any) -> Any:
+        call, factor = _without_factor(signature, args, kwargs)
+        if factor is None:
+            return original(*args, **kwargs)
+        asked = call.arguments
+        if asked.get("async_op"):
+            raise CommError("reduce with PREMUL_SUM and async_op=True was asked; gloo has none. Use async_op=False.")
+        tensor, group = asked["tensor"], asked.get("group")
+        asked["tensor"] = tensor * factor
+        original(*call.args, **call.kwargs)
+        if asked.get("dst") == dist.get_rank() or asked.get("group_dst") == dist.get_rank(group):
+            tensor.copy_(asked["tensor"])
+        return None
+
+    return reduce
+
+
 def flat_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
     """reduce_scatter_tensor with PREMUL_SUM, any shape of equal size, and both spellings of its keywords."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def reduce_scatter_tensor(*args: Any, **kwargs: Any) -> Any:
         output, given, args, kwargs = _pair(args, kwargs, "reduce_scatter_tensor")
-        args, kwargs, factor = _without_factor(args, kwargs)
+        call, factor = _without_factor(signature, (_flat(output), given.reshape(-1), *args), kwargs)
         if factor is not None:
-            given = given * factor  # NCCL leaves the input alone
-        return original(_flat(output, given), given.reshape(-1), *args, **kwargs)
+            call.arguments["input"] = call.arguments["input"] * factor  # NCCL leaves the input alone
+        return original(*call.args, **call.kwargs)
 
     return reduce_scatter_tensor
 
 
 def flat_gather(original: Callable[..., Any]) -> Callable[..., Any]:
     """all_gather_into_tensor with any shape of equal size and both spellings of its keywords."""
+    moved = bytewise(original)
 
     @functools.wraps(original)
     def all_gather_into_tensor(*args: Any, **kwargs: Any) -> Any:
         output, given, args, kwargs = _pair(args, kwargs, "all_gather_into_tensor")
-        return bytewise(original)(_flat(output, given), given.reshape(-1), *args, **kwargs)
+        return moved(_flat(output), given.reshape(-1), *args, **kwargs)
 
     return all_gather_into_tensor
+
+
+def uncoalesced(original: Callable[..., Any]) -> Callable[..., Any]:
+    """_coalescing_manager without its device: gloo coalesces collectives at the end, not calls to a device."""
+
+    @functools.wraps(original)
+    def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        return original(group, None, async_ops)
+
+    return manager
 
 
 def bytewise(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +137,7 @@ def _pair(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any
     return found[0], found[1], tuple(rest), kwargs
 
 
-def _flat(output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+def _flat(output: torch.Tensor) -> torch.Tensor:
     """The output as a flat view; NCCL cares for the number of elements only."""
     if not output.is_contiguous():
         raise CommError(f"A contiguous output was expected; found strides {output.stride()} for {tuple(output.shape)}.")
@@ -117,16 +145,13 @@ def _flat(output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def _without_factor(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], float | torch.Tensor | None]:
-    """Replace a PREMUL_SUM operation by SUM and hand out its factor; None when there is no such operation."""
-    factor: float | torch.Tensor | None = None
-
-    def plain(value: Any) -> Any:
-        nonlocal factor
-        if isinstance(value, dist.ReduceOp) and getattr(value, "op", value) == dist.ReduceOp.PREMUL_SUM:
-            factor = value.factor
-            return dist.ReduceOp.SUM
-        return value
-
-    return tuple(map(plain, args)), {name: plain(value) for name, value in kwargs.items()}, factor
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[inspect.BoundArguments, float | torch.Tensor | None]:
+    """The call with a PREMUL_SUM operation replaced by SUM, and its factor; None when there is no such operation."""
+    call = signature.bind(*args, **kwargs)
+    op = call.arguments.get("op")
+    if not isinstance(op, dist.ReduceOp) or getattr(op, "op", op) != dist.ReduceOp.PREMUL_SUM:
+        return call, None
+    call.arguments["op"] = dist.ReduceOp.SUM
+    factor: float | torch.Tensor = op.factor
+    return call, factor

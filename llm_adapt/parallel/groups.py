@@ -6,6 +6,13 @@ threads with a group for each request, and 7 s with one group per set.
 
 Sharing keeps the meaning of a program whose ranks issue the collectives of a rank set in one order. That is
 what gloo needs within a group anyway, and what Megatron does.
+
+A shared group lives as long as the default group. Every rank must decide alike whether a request makes a group,
+members or not, and only requests are seen by all of them: who destroys which handle, and when, is seen by the
+members at most, each at its own time. A group that its last user destroyed would be made anew by some ranks and
+not by others, and torch would count the following groups differently on them, until one waits for ever.
+
+Workaround: gloo-group-per-rank-set
 """
 
 from __future__ import annotations
@@ -19,9 +26,11 @@ import torch.distributed as dist
 
 __all__ = ["GroupCache"]
 
+_GLOO = ("gloo", "cpu:gloo", "undefined")  # undefined: chosen by torch, which on the CPU chooses gloo
+
 
 class GroupCache:
-    """Wraps new_group and destroy_process_group; a shared group is destroyed with its last user.
+    """Wraps new_group and destroy_process_group.
 
     Args:
         new_group: torch's own function.
@@ -32,7 +41,6 @@ class GroupCache:
         self._new_group, self._destroy = new_group, destroy
         self._signature = inspect.signature(new_group)
         self._groups: dict[Hashable, Any] = {}
-        self._users: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def new_group(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,36 +49,37 @@ class GroupCache:
         call.apply_defaults()
         key = self._key(call.arguments)
         with self._lock:
-            if key in self._groups:
-                group = self._groups[key]
-                self._users[id(group)] += 1
-                return group
+            if key is not None and key in self._groups:
+                return self._groups[key]
         group = self._new_group(*call.args, **call.kwargs)
-        with self._lock:
-            self._groups[key] = group
-            self._users[id(group)] = self._users.get(id(group), 0) + 1
+        if key is not None:
+            with self._lock:
+                self._groups[key] = group
         return group
 
-    def destroy(self, group: Any = None) -> None:
-        """Destroy a group when its last user asks; None destroys everything, as in torch."""
+    def destroy(self, group: Any = None) -> bool:
+        """Destroy everything (None or the default group) or a group that is not shared, as torch does.
+
+        Returns:
+            False for a shared group: it stays for its other users, and for the next who asks for its ranks.
+        """
         with self._lock:
             if group is None or group is dist.group.WORLD:
                 self._groups.clear()
-                self._users.clear()
-            elif self._users.get(id(group), 1) > 1:
-                self._users[id(group)] -= 1
-                return
-            else:
-                self._users.pop(id(group), None)
-                self._groups = {key: kept for key, kept in self._groups.items() if kept is not group}
+            elif any(shared is group for shared in self._groups.values()):
+                return False
         self._destroy(group)
+        return True
 
     @staticmethod
     def _key(asked: dict[str, Any]) -> Hashable:
-        """What two requests must agree on to share; every rank computes the same key for the same request."""
+        """What two requests must agree on to share, alike on every rank; None for a group that is not shared."""
+        backend = asked["backend"] or dist.get_backend()
+        if backend not in _GLOO or asked["pg_options"] is not None:
+            return None
         ranks = asked["ranks"]
         ranks = list(range(dist.get_world_size())) if ranks is None else list(ranks)
         if asked.get("sort_ranks", True):
             ranks.sort()
         # Whether non-members take part in the creation must match, or one side would wait for the other.
-        return tuple(ranks), asked["backend"], asked["timeout"], asked.get("use_local_synchronization", False)
+        return tuple(ranks), backend, asked["timeout"], asked.get("use_local_synchronization", False)

@@ -1,7 +1,6 @@
 """The patch engine: rows, plan, fingerprints, rebinding and the post-import hook."""
 
-from llm_adapt.patching.import_hook import ImportHook
 from llm_adapt.patching.plan import Outcome, Plan
 from llm_adapt.patching.rows import Entry, Loan, Patch, Row, split_target
 
-__all__ = ["Entry", "ImportHook", "Loan", "Outcome", "Patch", "Plan", "Row", "split_target"]
+__all__ = ["Entry", "Loan", "Outcome", "Patch", "Plan", "Row", "split_target"]

@@ -10,6 +10,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import linecache
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,25 @@ def fingerprint_source(source: str, qualname: str) -> str | None:
 
 
 def fingerprint_object(original: Any) -> str | None:
-    """Fingerprint of an imported function or class; None when it has no Python source (C code, closures)."""
+    """Fingerprint of an imported function, property or class; None when it has no Python source to be read.
+
+    Decorators stand in the source, so they count; what was put around the definition at run time does not.
+    """
+    if isinstance(original, property):
+        original = original.fget
     original = inspect.unwrap(original) if callable(original) else original
+    qualname = getattr(original, "__qualname__", "")
     try:
         path = inspect.getsourcefile(original)
-    except TypeError:
+    except TypeError:  # C code
         return None
-    qualname = getattr(original, "__qualname__", "")
-    if path is None or "<locals>" in qualname or not Path(path).is_file():
+    if path is None or "<locals>" in qualname:
         return None
-    return _of_tree(_parsed(path, Path(path).stat().st_mtime_ns), qualname)
+    if Path(path).is_file():
+        return _of_tree(_parsed(path, Path(path).stat().st_mtime_ns), qualname)
+    names = getattr(inspect.getmodule(original), "__dict__", None)
+    source = "".join(linecache.getlines(path, names))  # through the module's own loader: a zip file
+    return fingerprint_source(source, qualname)
 
 
 @functools.lru_cache(maxsize=32)
@@ -77,13 +87,12 @@ def _statements(scope: ast.AST) -> list[ast.stmt]:
 
 def _canonical(node: ast.AST) -> str:
     """Text of a tree without positions, docstrings and empty fields, which differ between Python versions."""
-    parts = []
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, Definition) and ast.get_docstring(node, clean=False) is not None:
-            value = value[1:]
-        if value is None or value == [] or name in ("type_comment", "kind", "ctx"):
-            continue
-        parts.append(f"{name}={_value(value)}")
+    fields = {name: value for name, value in ast.iter_fields(node) if name not in ("type_comment", "kind", "ctx")}
+    if isinstance(node, Definition) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 ends a nested format with an empty text
+        fields["values"] = [item for item in node.values if getattr(item, "value", None) != ""]
+    parts = [f"{name}={_value(value)}" for name, value in fields.items() if value is not None and value != []]
     return f"{type(node).__name__}({','.join(parts)})"
 
 

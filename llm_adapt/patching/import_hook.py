@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ImportHook"]
+from llm_adapt.errors import PatchError
+from llm_adapt.patching.places import namespace
+
+__all__ = ["ImportHook", "is_missing", "wait_for_import"]
 
 
 class ImportHook(importlib.abc.MetaPathFinder):
@@ -20,7 +25,8 @@ class ImportHook(importlib.abc.MetaPathFinder):
     Args:
         watched: full names of the modules of interest.
         after: called with the name once the module has been executed. What it raises, the import raises.
-        before: called with the name once the module is found and before it is executed; raise there to refuse it.
+        before: called with the name when the module is about to be created; raise there to refuse it. Merely
+            asking for its spec, as importlib.util.find_spec does, calls nothing.
         around: called with the name; the module is executed inside the context manager it returns.
     """
 
@@ -33,7 +39,7 @@ class ImportHook(importlib.abc.MetaPathFinder):
     ) -> None:
         self.watched = frozenset(watched)
         self.after, self.before, self.around = after, before, around
-        self._busy = threading.local()
+        self._asking = threading.local()  # names this thread is asking the other finders for
 
     def install(self) -> None:
         """Put the hook in front of the import system."""
@@ -48,38 +54,39 @@ class ImportHook(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Any = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Find a watched module through the other finders and wrap its loader."""
-        if fullname not in self.watched or getattr(self._busy, "name", None) == fullname:
+        asking: set[str] = vars(self._asking).setdefault("names", set())
+        if fullname not in self.watched or fullname in asking:
             return None
-        spec = self._find_elsewhere(fullname, path, target)
-        if spec is not None:  # a module that is not installed stays an ordinary ImportError
-            self.before(fullname)
-        if spec is not None and spec.loader is not None:
+        asking.add(fullname)
+        try:
+            spec = self._find_elsewhere(fullname, path, target)
+        finally:
+            asking.remove(fullname)
+        # A module that is not installed stays an ordinary ImportError; a namespace package executes nothing.
+        if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
     def _find_elsewhere(
         self, fullname: str, path: Any, target: ModuleType | None
     ) -> importlib.machinery.ModuleSpec | None:
-        outer = getattr(self._busy, "name", None)
-        self._busy.name = fullname
-        try:
-            for finder in list(sys.meta_path):
-                spec = None if finder is self else finder.find_spec(fullname, path, target)
+        for finder in list(sys.meta_path):
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
                 if spec is not None:
                     return spec
-            return None
-        finally:
-            self._busy.name = outer
+        return None
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, followed by a call; leaves no trace in the module."""
+    """The module's own loader with a call before and after; leaves no trace in the module."""
 
     def __init__(self, loader: Any, hook: ImportHook) -> None:
         self.loader, self.hook = loader, hook
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         """Let the real loader create the module."""
+        self.hook.before(spec.name)
         return self.loader.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
@@ -93,4 +100,50 @@ class _Loader(importlib.abc.Loader):
 
     def __getattr__(self, name: str) -> Any:
         # get_source, get_data, is_package ...: whoever asks between find and exec gets the real loader's answer.
+        if name == "loader":  # not there yet: somebody copies this object
+            raise AttributeError(name)
         return getattr(self.loader, name)
+
+
+def is_missing(module: str) -> bool:
+    """Whether a module that is not imported cannot be: its nearest imported package does not have it."""
+    parts = module.split(".")
+    for count in range(2, len(parts) + 1):
+        package, name = ".".join(parts[: count - 1]), ".".join(parts[:count])
+        if sys.modules.get(name) is None:
+            try:
+                return sys.modules.get(package) is not None and importlib.util.find_spec(name) is None
+            except ModuleNotFoundError:  # the parent is no package
+                return True
+    return False
+
+
+def wait_for_import(module: str, timeout_s: float = 60.0) -> None:
+    """Wait until a module that another thread is importing is complete.
+
+    Raises:
+        PatchError: this very thread is importing it, or the other one takes too long.
+    """
+    deadline = time.monotonic() + timeout_s
+    while getattr(_names(module).get("__spec__"), "_initializing", False):
+        if _is_executing(_names(module)) or time.monotonic() > deadline:
+            raise PatchError(
+                f"patch() was called while {module} is being imported, which it would patch. "
+                "Call it before that import, or after it."
+            )
+        time.sleep(0.001)
+
+
+def _names(module: str) -> dict[str, Any]:
+    found = sys.modules.get(module)
+    return namespace(found) if isinstance(found, ModuleType) else {}
+
+
+def _is_executing(names: dict[str, Any]) -> bool:
+    """Whether this thread is executing the body of the module with these names."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals is names and frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

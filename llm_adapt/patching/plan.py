@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
-import importlib.util
-import inspect
+import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
 
 from llm_adapt.errors import PatchError
+from llm_adapt.patching.claims import check_places, check_rows
 from llm_adapt.patching.fingerprint import fingerprint_object
-from llm_adapt.patching.import_hook import ImportHook
-from llm_adapt.patching.rebinding import rebind
-from llm_adapt.patching.rows import Entry, Loan, Patch, Row, split_target
+from llm_adapt.patching.holders import holders
+from llm_adapt.patching.import_hook import ImportHook, is_missing, wait_for_import
+from llm_adapt.patching.journal import ABSENT, Journal
+from llm_adapt.patching.loans import Lender
+from llm_adapt.patching.places import MissingTarget, Place, find, like, missing, plain
+from llm_adapt.patching.rebinding import Stuck, Swap, rebind
+from llm_adapt.patching.rows import Entry, Loan, Patch, Row
+from llm_adapt.patching.writes import Write, prepare
 
 __all__ = ["Outcome", "Plan"]
 
 log = logging.getLogger("llm_adapt")
 
-_ABSENT: Any = object()
 
-
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one row. `detail` is the reason of a skip, or what could not be rebound."""
 
     row: Row
-    status: Literal["applied", "waiting", "skipped", "stale"]
+    status: Literal["applied", "waiting", "unneeded", "skipped", "stale"]
     detail: str = ""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a row writes: an attribute of a module or class, with what is there now."""
-
-    owner: Any
-    name: str
-    original: Any  # as stored: staticmethod, classmethod, property and slots stay what they are
-    is_own: bool  # False when the class inherits it, so that undo deletes instead of writing back
 
 
 class Plan:
@@ -52,37 +41,37 @@ class Plan:
     Args:
         rows: all rows; two of one target are refused.
         strict: a skip or a stale copy becomes an error.
-        before_import: called with the name of a module in `refused` just before its import.
-        refused: modules whose import `before_import` forbids.
+        before_import: module -> called with its name when it is about to be imported; may raise.
+
+    Raises:
+        PatchError: two rows claim one target.
     """
 
     def __init__(
         self,
         rows: Iterable[Row],
         strict: bool = False,
-        refused: Iterable[str] = (),
-        before_import: Callable[[str], None] = lambda name: None,
+        before_import: Mapping[str, Callable[[str], None]] | None = None,
     ) -> None:
         self.rows = list(rows)
         self.strict = strict
-        self.outcomes: dict[int, Outcome] = {}
-        self._undo: list[Callable[[], None]] = []
-        self._check_claims()
-        watched = {row.module for row in self.rows} | set(refused)
-        self._hook = ImportHook(watched, after=self._on_import, before=before_import, around=self._lend)
-
-    def _check_claims(self) -> None:
-        """Refuse two rows with one target before anything is written."""
-        claims: dict[Any, Row] = {}
+        check_rows(self.rows)
+        self._by_module: dict[str, list[Row]] = {}
         for row in self.rows:
-            claim: Any = row.target
-            if isinstance(row, Entry):
-                claim = (row.target, id(row) if row.key is None else row.key)
-            if claim in claims:
-                raise PatchError(
-                    f"Two rows claim {row.target}: '{claims[claim].reason}' and '{row.reason}'. Remove one of them."
-                )
-            claims[claim] = row
+            self._by_module.setdefault(row.module, []).append(row)
+        self._before = dict(before_import or {})
+        self._outcomes: dict[Row, Outcome] = {}
+        self._journal = Journal()
+        self._written: dict[Row, Write] = {}
+        self._new: dict[int, Any] = {}  # every object that was written, by id
+        self._stands_for: dict[int, Swap | None] = {}  # new objects by id; None: for two originals, so for neither
+        self._modules_before: frozenset[str] = frozenset()
+        self._lender = Lender()
+        self._hook = ImportHook(
+            {*self._by_module, *self._before}, after=self._on_import, before=self._on_creation, around=self._lend
+        )
+        self._is_active = False
+        self._lock = threading.RLock()  # never held while waiting for an import
 
     def apply(self) -> None:
         """Write every row whose module is imported, and wait for the others; all or nothing.
@@ -90,93 +79,128 @@ class Plan:
         Raises:
             PatchError: a target is missing, or a fingerprint is refused; everything written is undone first.
         """
-        loaded = [row for row in self.rows if row.module in sys.modules]
-        for row in self.rows:
-            self.outcomes[id(row)] = Outcome(row, "waiting", f"{row.module} is not imported yet")
+        self._modules_before = frozenset(sys.modules)
+        self._is_active = True
+        self._hook.install()  # first, so that what another thread imports meanwhile is not missed
         try:
-            self._write(loaded)
-            self._hook.install()
+            loaded = [name for name in self._by_module if sys.modules.get(name) is not None]
+            for name in loaded:
+                wait_for_import(name)
+            with self._lock:
+                self._write([row for name in loaded for row in self._by_module[name]], is_late=True)
         except BaseException:
             self.undo()
             raise
 
-    def undo(self) -> None:
-        """Put everything back, last write first; a second call does nothing."""
+    def undo(self) -> list[str]:
+        """Put everything back, last write first; a second call does nothing.
+
+        Returns:
+            One line, also logged as a warning, for everything that could not be put back.
+        """
         self._hook.remove()
-        while self._undo:
-            self._undo.pop()()
+        with self._lock:
+            self._is_active = False
+            lines = self._journal.reverse()
+            # Copies of the replacements, taken while they were in place, also by parts of torch imported since.
+            known = [swap for swap in self._stands_for.values() if swap is not None and swap.original is not ABSENT]
+            back = [Swap(swap.new, swap.original, swap.row) for swap in known]
+            stuck = rebind(back, Journal(), also=sys.modules.keys() - self._modules_before)
+            lines += [f"{item.row.target} stays patched in a copy: {item.where}" for item in stuck]
+            for memory in (self._written, self._new, self._stands_for):
+                memory.clear()
+        for line in lines:
+            log.warning("%s", line)
+        return lines
+
+    def outcomes(self) -> list[Outcome]:
+        """What has become of every row so far, in the order of the rows."""
+        return [self._outcomes.get(row) or _whereabouts(row) for row in self.rows]
+
+    def _on_creation(self, module: str) -> None:
+        if self._is_active and module in self._before:
+            self._before[module](module)
+
+    def _lend(self, module: str) -> AbstractContextManager[None]:
+        loans = [row for row in self._by_module.get(module, ()) if isinstance(row, Loan)]
+        return self._lender.lending(module, loans if self._is_active else [], self._on_loan)
+
+    def _on_loan(self, loan: Loan, is_made: bool, detail: str) -> None:
+        self._note(Outcome(loan, "applied" if is_made else "unneeded", detail))
 
     def _on_import(self, module: str) -> None:
-        self._write([row for row in self.rows if row.module == module])
+        with self._lock:
+            if self._is_active and sys.modules.get(module) is not None:
+                self._write(self._by_module.get(module, []), is_late=False)
 
-    @contextlib.contextmanager
-    def _lend(self, module: str) -> Iterator[None]:
-        """Put lent packages into sys.modules while `module` is executed."""
-        lent: dict[str, ModuleType] = {}
-        for row in self.rows:
-            if isinstance(row, Loan) and row.module == module:
-                if importlib.util.find_spec(row.package) is None:
-                    lent.update(row.make())
-                    self._note(Outcome(row, "applied"))
-                else:
-                    self._note(Outcome(row, "skipped", f"{row.package} is installed"))
-        sys.modules.update(lent)
+    def _write(self, rows: list[Row], is_late: bool) -> None:
+        """Check every row, then write them all, or none.
+
+        Args:
+            is_late: the modules were imported before the patch, and whoever asked has been given the originals.
+        """
+        resolved = [(row, place) for row in rows if not isinstance(row, Loan) and (place := self._resolve(row))]
+        check_places([*((row, write.place) for row, write in self._written.items()), *resolved])
+        writes = [prepare(row, place) for row, place in resolved]
+        mark = len(self._journal)
         try:
-            yield
-        finally:
-            for name in lent:
-                sys.modules.pop(name, None)
+            for write in writes:
+                self._put(write)
+            swaps = [write.swap for write in writes if write.swap is not None]
+            # Generators, since the search for holders would find a list of originals.
+            originals = (plain(write.place.original) for write in writes)
+            stuck = rebind(swaps, self._journal, ours=self._new, roots=originals)
+            if is_late:
+                memory = (part for act in self._journal.acts for part in (act.old, *act.slot))
+                stuck += holders(swaps, own=itertools.chain(self._new.values(), memory))
+            for row, _ in resolved:
+                self._note(_result(row, stuck))
+        except BaseException:
+            self._journal.reverse(down_to=mark)
+            raise
+        for write in writes:
+            earlier = self._written.get(write.row)
+            if earlier is not None and isinstance(write.row, Patch) and earlier.place.owner is write.place.owner:
+                self._journal.forget(earlier.slot)  # the module was reloaded: its first original is gone for good
+            self._written[write.row] = write
 
-    def _write(self, rows: list[Row]) -> None:
-        rows = [row for row in rows if not isinstance(row, Loan)]  # a loan ends with the import
-        resolved = [(row, self._resolve(row)) for row in rows]  # every row is checked before the first write
-        swaps: list[tuple[Any, Any, str]] = []
-        for row, place in resolved:
-            if place is None:
-                continue
-            if isinstance(row, Entry):
-                self._write_entry(row, place)
-            else:
-                new = self._write_patch(row, place)
-                if row.rebind and place.original is not _ABSENT:
-                    swaps.append((_plain(place.original), _plain(new), row.target))
-            self._note(Outcome(row, "applied"))
-        copies, stale = rebind(swaps, self._undo)
-        if copies:
-            log.debug("replaced %d copies that were taken before the patch", copies)
-        for line in stale:
-            row = next(row for row in rows if row.target in line)
-            self._note(Outcome(row, "stale", line))
+    def _put(self, write: Write) -> None:
+        self._new[id(plain(write.new))] = plain(write.new)
+        if write.is_new:
+            swap = Swap(plain(write.place.original), plain(write.new), write.row)
+            known = self._stands_for.setdefault(id(swap.new), swap)
+            if known is None or known.original is not swap.original:
+                self._stands_for[id(swap.new)] = None
+        try:
+            self._journal.write(write.slot, write.old, write.new, write.row.target)
+        except (AttributeError, TypeError) as error:
+            raise PatchError(f"{write.row.target} was asked; it cannot be set: {error}.") from error
 
-    def _note(self, outcome: Outcome) -> None:
-        self.outcomes[id(outcome.row)] = outcome
-        if outcome.status in ("skipped", "stale"):
-            if self.strict:
-                raise PatchError(f"{outcome.row.target}: {outcome.detail} (strict mode).")
-            log.warning("%s: %s", outcome.row.target, outcome.detail)
-        else:
-            log.debug("%s: %s (%s)", outcome.row.target, outcome.status, outcome.row.reason)
-
-    def _resolve(self, row: Row) -> _Place | None:
-        place = _find(row)
-        if isinstance(row, Entry):
-            if not isinstance(place.original, (dict, list)):
-                raise PatchError(f"{row.target} was asked as a dict or list; found {type(place.original).__name__}.")
-            return place
-        if place.original is _ABSENT:
-            if row.kind == "add":
-                return place
-            detail = _missing(row, place)
-            if not row.optional:
-                raise PatchError(detail)
-            self._note(Outcome(row, "skipped", detail))
+    def _resolve(self, row: Patch | Entry) -> Place | None:
+        """Where the row writes; None when it is written there already, or skipped."""
+        try:
+            place = find(row)
+            if place.original is ABSENT and (isinstance(row, Entry) or row.kind != "add"):
+                raise missing(row, place.owner, place.name)
+        except MissingTarget as error:
+            if isinstance(row, Entry) or not row.optional:
+                raise
+            self._note(Outcome(row, "skipped", str(error)))
             return None
-        return place if self._fingerprint_fits(row, place) else None
+        if row in self._written and self._written[row].stands(place):
+            return None
+        if isinstance(row, Entry):
+            return place
+        # A module that was imported after the patch copied the replacement; without the patch, the original.
+        swap = self._stands_for.get(id(plain(place.original)))
+        if swap is not None:
+            place = place._replace(original=like(place.original, swap.original))
+        return place if place.original is ABSENT or self._fits(row, place) else None
 
-    def _fingerprint_fits(self, row: Patch, place: _Place) -> bool:
+    def _fits(self, row: Patch, place: Place) -> bool:
         if not row.fingerprints:
             return True
-        found = fingerprint_object(_plain(place.original))
+        found = fingerprint_object(plain(place.original))
         if found in row.fingerprints.values():
             return True
         known = ", ".join(f"{version}: {value}" for version, value in row.fingerprints.items())
@@ -189,69 +213,22 @@ class Plan:
         self._note(Outcome(row, "skipped", detail))
         return False
 
-    def _write_patch(self, row: Patch, place: _Place) -> Any:
-        original = None if place.original is _ABSENT else place.original
-        new = row.new(_plain(original)) if row.kind == "wrap" else row.new
-        if isinstance(original, (staticmethod, classmethod)) and not isinstance(new, (staticmethod, classmethod)):
-            new = type(original)(new)
-        setattr(place.owner, place.name, new)
-        if place.is_own:
-            self._undo.append(functools.partial(setattr, place.owner, place.name, place.original))
-        else:
-            self._undo.append(functools.partial(delattr, place.owner, place.name))
-        return new
-
-    def _write_entry(self, row: Entry, place: _Place) -> None:
-        box = place.original
-        if isinstance(box, list):
-            saved = list(box)
-            box.append(row.value)
-            if row.sort_key is not None:
-                box.sort(key=row.sort_key)
-            self._undo.append(functools.partial(box.__setitem__, slice(None), saved))
-        elif row.key in box:
-            self._undo.append(functools.partial(box.__setitem__, row.key, box[row.key]))
-            box[row.key] = row.value
-        else:
-            self._undo.append(functools.partial(box.pop, row.key, None))
-            box[row.key] = row.value
+    def _note(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.row] = outcome
+        if outcome.status in ("skipped", "stale"):
+            if self.strict:
+                raise PatchError(f"{outcome.row.target}: {outcome.detail} (strict mode).")
+            log.warning("%s: %s", outcome.row.target, outcome.detail)
 
 
-def _plain(original: Any) -> Any:
-    """The function inside a staticmethod or classmethod."""
-    return original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+def _result(row: Row, stuck: Iterable[Stuck]) -> Outcome:
+    places = dict.fromkeys(item.where for item in stuck if item.row is row)
+    if places:
+        return Outcome(row, "stale", f"replaced, and these copies keep the original: {'; '.join(places)}")
+    return Outcome(row, "applied")
 
 
-def _find(row: Row) -> _Place:
-    """Look a target up without running descriptors or a module's lazy __getattr__.
-
-    Raises:
-        PatchError: something before the last name does not exist.
-    """
-    module, qualname = split_target(row.target)
-    owner: Any = sys.modules[module]
-    *parents, name = qualname.split(".")
-    for parent in parents:
-        step = _static(owner, parent)
-        if step is _ABSENT:
-            if isinstance(row, Patch) and row.optional:
-                return _Place(owner, parent, _ABSENT, False)
-            raise PatchError(_missing(row, _Place(owner, parent, _ABSENT, False)))
-        owner = step
-    is_own = name in vars(owner)
-    return _Place(owner, name, _static(owner, name), is_own)
-
-
-def _static(owner: Any, name: str) -> Any:
-    if isinstance(owner, ModuleType):
-        return vars(owner).get(name, _ABSENT)
-    return inspect.getattr_static(owner, name, _ABSENT)
-
-
-def _missing(row: Row, place: _Place) -> str:
-    where = getattr(place.owner, "__name__", str(place.owner))
-    near = difflib.get_close_matches(place.name, list(vars(place.owner)), n=3, cutoff=0.6)
-    version = getattr(sys.modules[row.module.partition(".")[0]], "__version__", "of unknown version")
-    hint = f"; nearest names: {', '.join(near)}" if near else ""
-    written = f" (written for {row.versions})" if isinstance(row, Patch) and row.versions else ""
-    return f"{row.target} does not exist: {where} ({version}) has no {place.name!r}{hint}{written}"
+def _whereabouts(row: Row) -> Outcome:
+    if is_missing(row.module):
+        return Outcome(row, "skipped", f"{row.module} does not exist in the installed version")
+    return Outcome(row, "waiting", f"{row.module} is not imported yet")

@@ -1,8 +1,8 @@
 """Rebinding: the copies of a replaced object that other modules took before the patch.
 
 `from torch import zeros` keeps the original under a name of its own. So do aliases, default arguments,
-functools.partial objects, class attributes and module-level containers. All of these are found by
-identity and replaced; what is found but cannot be replaced (base classes) is reported.
+functools.partial objects, closures, class attributes and containers. All of these are found by identity and
+replaced, in every module that is not torch's or Python's own; nothing is called and no lazy name is woken.
 """
 
 from __future__ import annotations
@@ -10,154 +10,233 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import Field
+from typing import Any, NamedTuple
 
-__all__ = ["rebind"]
+from llm_adapt.patching.journal import Journal, Slot, attribute, key, member
+from llm_adapt.patching.places import namespace
+from llm_adapt.patching.rows import Row
 
-Undo = Callable[[], None]
-Swap = tuple[Any, Any, str]  # original, new, target text
+__all__ = ["Stuck", "Swap", "has_identity", "in_scope", "rebind"]
 
 # Modules of these packages keep their own copies: they implement the originals (torch), or never take one.
-_SKIPPED_PACKAGES = frozenset({"llm_adapt", "torch", "numpy", "sympy", "builtins"}) | frozenset(sys.stdlib_module_names)
-_MAX_CONTAINER = 10_000
+_SKIPPED_PACKAGES = frozenset({"llm_adapt", "torch", "torchgen", "functorch", "numpy", "sympy"}) | frozenset(
+    sys.stdlib_module_names
+)
+_MAX_MEMBERS = 10_000  # a larger container is data
+_MAX_DEPTH = 5
+_KEEP: Any = object()
+
+_CACHED = functools._lru_cache_wrapper
+_BOXES = (dict, list, set, frozenset, tuple, deque, functools.partial, functools.partialmethod)
+_WALKED_INTO = (types.FunctionType, type, Field, _CACHED, *_BOXES)
+_class_names = type.__dict__["__dict__"].__get__  # past a metaclass's __getattribute__
 
 
-def rebind(swaps: Iterable[Swap], undo: list[Undo]) -> tuple[int, list[str]]:
-    """Replace every reachable copy of each original; append the reverse of each act to `undo`.
+class Swap(NamedTuple):
+    """Put `new` where `original` is: everywhere, or (alias) only under the name that the target gave it."""
+
+    original: Any
+    new: Any
+    row: Row
+    alias: str = ""
+
+
+class Stuck(NamedTuple):
+    """A copy that keeps the original."""
+
+    row: Row
+    where: str
+
+
+def rebind(
+    swaps: Iterable[Swap],
+    journal: Journal,
+    ours: Container[int] = (),
+    roots: Iterable[Any] = (),
+    also: Container[str] = (),
+) -> list[Stuck]:
+    """Replace every copy of each original that is found, as acts of the journal.
+
+    Args:
+        ours: ids of replacements, which use the originals and must keep them.
+        roots: objects that are searched besides what modules hold: originals, which only replacements hold now.
+        also: names of modules that are searched although they are torch's or Python's own.
 
     Returns:
-        The number of copies replaced, and one line per copy that cannot be.
+        The copies found that cannot be replaced.
     """
-    table = {id(original): (original, new) for original, new, _ in swaps if _has_identity(original)}
-    if not table:
-        return 0, []
-    before = len(undo)
-    stale = [line for original, _, target in swaps for line in _subclasses(original, target)]
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, types.ModuleType) and _in_scope(name):
-            _Walker(table, undo, name).walk(vars(module))
-    return len(undo) - before, stale
+    walker = _Walker({id(swap.original): swap for swap in swaps}, journal, ours, also)
+    for name, module in list(sys.modules.items()) if walker.table else ():
+        if issubclass(type(module), types.ModuleType) and walker.in_scope(name):
+            walker.module = name
+            walker.mapping(namespace(module), depth=0)
+    walker.module = "an original"
+    for root in roots if walker.table else ():
+        walker.look(root, depth=0)
+    return walker.stuck
 
 
-def _in_scope(module_name: str) -> bool:
+@functools.cache
+def in_scope(module_name: str) -> bool:
+    """Whether the copies that a module holds are replaced."""
     package = module_name.partition(".")[0]
     return package == "__main__" or package not in _SKIPPED_PACKAGES
 
 
-def _has_identity(original: Any) -> bool:
-    """Only functions and classes are told by identity; True, None and small numbers are everybody's."""
+def has_identity(original: Any) -> bool:
+    """Only functions, classes and the like are told by identity; True, None and small numbers are everybody's."""
     return callable(original) or isinstance(original, (property, types.ModuleType))
 
 
-def _subclasses(original: Any, target: str) -> list[str]:
-    if not isinstance(original, type) or original.__module__.partition(".")[0] == "torch":
-        return []
-    return [
-        f"{child.__module__}.{child.__qualname__} was derived from {target} before the patch and keeps it as base"
-        for child in original.__subclasses__()
-    ]
-
-
 class _Walker:
-    """Walks what one module owns: its names, its classes, defaults, partials and containers."""
+    """Walks what modules hold: their names, classes, functions, partials and containers, each object once."""
 
-    def __init__(self, table: dict[int, tuple[Any, Any]], undo: list[Undo], module: str) -> None:
-        self.table, self.undo, self.module = table, undo, module
+    def __init__(self, table: dict[int, Swap], journal: Journal, ours: Container[int], also: Container[str]) -> None:
+        self.table, self.journal, self.ours, self.also = table, journal, ours, also
+        self.module = ""  # the one that is walked now
         self.seen: set[int] = set()
+        self.stuck: list[Stuck] = []
 
-    def new_for(self, value: Any) -> Any | None:
-        """The replacement of `value` (for a tuple: a tuple with its members replaced), or None."""
-        if type(value) is tuple and len(value) <= _MAX_CONTAINER:
-            return self.members(value) if any(id(item) in self.table for item in value) else None
-        hit = self.table.get(id(value))
-        return hit[1] if hit is not None and hit[0] is value else None
+    def in_scope(self, module: Any) -> bool:
+        return in_scope(str(module)) or module in self.also
 
-    def members(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The same tuple with every original replaced."""
-        return tuple(item if (new := self.new_for(item)) is None else new for item in items)
+    def new_for(self, value: Any, name: str, depth: int) -> Any:
+        """The replacement of `value` found under a name; for a tuple or frozenset one with its members replaced."""
+        swap = self.table.get(id(value))
+        if swap is not None:
+            return swap.new if swap.alias in ("", name) else _KEEP
+        if type(value) in (tuple, frozenset) and 0 < len(value) <= _MAX_MEMBERS and depth < _MAX_DEPTH:
+            found = [self.new_for(item, "", depth + 1) for item in value]
+            if any(new is not _KEEP for new in found):
+                return type(value)(old if new is _KEEP else new for old, new in zip(value, found, strict=True))
+        return _KEEP
 
-    def walk(self, namespace: dict[str, Any]) -> None:
-        """Replace originals in a module's namespace and in everything the module itself defines."""
-        for name, value in list(namespace.items()):
-            new = self.new_for(value)
-            if new is not None:
-                namespace[name] = new
-                self.undo.append(functools.partial(namespace.__setitem__, name, value))
-            else:
-                self.inside(value)
+    def visit(self, value: Any, name: str, depth: int, place: Callable[..., Slot], *where: Any) -> None:
+        """Replace one value in its place, which is `place(*where)`, or look into it."""
+        new = self.new_for(value, name, depth)
+        if new is _KEEP:
+            self.look(value, depth)
+        else:
+            self.journal.write(place(*where), value, new)
 
-    def inside(self, value: Any) -> None:
-        """Look into one value, once."""
+    def look(self, value: Any, depth: int) -> None:
+        """Look into a value that stays, once."""
+        if self.is_open(value) and id(value) not in self.ours and depth < _MAX_DEPTH:
+            self.seen.add(id(value))
+            self.inside(value, depth + 1)
+
+    def is_open(self, value: Any) -> bool:
+        """Whether there is something to look into. For nearly every value in a process there is not."""
         kind = type(value)
         if kind is types.FunctionType:
-            if value.__module__ == self.module:
-                self.defaults(value)
-        elif kind in (dict, list, set):
-            if len(value) <= _MAX_CONTAINER:
-                self.container(value)
+            is_open = (value.__closure__ or value.__defaults__ or value.__kwdefaults__) is not None
+        else:
+            is_open = issubclass(kind, _WALKED_INTO)
+        return is_open and id(value) not in self.seen
+
+    def inside(self, value: Any, depth: int) -> None:
+        """Look into one value. Its type is asked, never its __class__: lazy objects answer that by waking up."""
+        kind = type(value)
+        if kind is types.FunctionType:
+            self.function(value, depth)
+        elif kind is _CACHED:
+            self.cached(value.__wrapped__, depth)
+        elif issubclass(kind, type):
+            self.class_body(value, depth)
+        elif issubclass(kind, dict):
+            self.mapping(value, depth)
         elif kind is functools.partial:
-            self.partial(value)
-        elif isinstance(value, type) and value.__module__ == self.module and id(value) not in self.seen:
-            self.seen.add(id(value))
-            self.class_body(value)
+            self.partial(value, depth)
+        elif kind is functools.partialmethod:
+            self.mapping(vars(value), depth)
+        elif kind is Field:
+            self.visit(value.default, "", depth, _field, value, "default")
+            self.visit(value.default_factory, "", depth, _field, value, "default_factory")
+        elif kind in (list, set, deque, tuple):
+            self.items(value, depth)
 
-    def class_body(self, owner: type) -> None:
-        for name, value in list(vars(owner).items()):
-            held = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-            new = self.new_for(held)
-            if new is not None:
-                setattr(owner, name, new if held is value else type(value)(new))
-                self.undo.append(functools.partial(setattr, owner, name, value))
+    def mapping(self, box: dict[Any, Any], depth: int) -> None:
+        if depth and dict.__len__(box) > _MAX_MEMBERS:  # a module's own names (depth 0) are always looked at
+            return
+        for name, value in list(dict.items(box)):
+            if id(value) in self.table or self.is_open(value):
+                self.visit(value, name if type(name) is str else "", depth, key, box, name)
+            swap = None if type(name) is str else self.table.get(id(name))
+            if swap is not None and not swap.alias and swap.new != swap.original:  # an equal one finds the old key
+                self.stuck.append(Stuck(swap.row, f"{self.module} has a dict with it as a key"))
+
+    def items(self, box: Any, depth: int) -> None:
+        for value in list(box) if len(box) <= _MAX_MEMBERS else ():
+            # A tuple that holds an original has been replaced as a whole by whoever looked at it.
+            if id(value) in self.table or self.is_open(value):
+                self.visit(value, "", depth, member, box, value)
+
+    def class_body(self, owner: type, depth: int) -> None:
+        names = _class_names(owner)
+        if not self.in_scope(names.get("__module__")):
+            return
+        for name, value in list(names.items()):
+            kind = type(value)
+            held = value.__func__ if kind in (staticmethod, classmethod) else value
+            if id(held) not in self.table and not self.is_open(held):
+                continue
+            if held is value:
+                self.visit(value, name, depth, attribute, owner, name)
+            elif (new := self.new_for(held, name, depth)) is _KEEP:
+                self.look(held, depth)
             else:
-                self.inside(held)
+                self.journal.write(attribute(owner, name), value, kind(new))
 
-    def defaults(self, function: types.FunctionType) -> None:
-        old, old_kw = function.__defaults__, function.__kwdefaults__
-        if old and any(self.new_for(item) is not None for item in old):
-            function.__defaults__ = self.members(old)
-            self.undo.append(functools.partial(setattr, function, "__defaults__", old))
-        for name, item in list((old_kw or {}).items()):
-            new = self.new_for(item)
-            if new is not None and old_kw is not None:
-                old_kw[name] = new
-                self.undo.append(functools.partial(old_kw.__setitem__, name, item))
-
-    def partial(self, call: functools.partial[Any]) -> None:
-        new = self.new_for(call.func)
-        args = self.members(call.args)
-        if new is None and all(a is b for a, b in zip(args, call.args, strict=True)):
+    def function(self, function: types.FunctionType, depth: int) -> None:
+        if not self.in_scope(function.__globals__.get("__name__")):
+            for _, value in _cells(function):  # it may be a decorator's: through it to the decorated, not into it
+                if type(value) is types.FunctionType and id(value) not in self.table:
+                    self.look(value, depth)
             return
-        state = call.__reduce__()[2]
-        call.__setstate__((call.func if new is None else new, args, call.keywords, vars(call)))  # type: ignore[attr-defined]
-        self.undo.append(functools.partial(call.__setstate__, state))  # type: ignore[attr-defined]
+        if function.__defaults__:
+            self.visit(function.__defaults__, "", depth, _field, function, "__defaults__")
+        if function.__kwdefaults__:
+            self.mapping(function.__kwdefaults__, depth)
+        for cell, value in _cells(function):
+            self.visit(value, "", depth, _field, cell, "cell_contents")
 
-    def container(self, box: Any) -> None:
-        """Replace direct members of a dict, list or set, and look into the partials they hold."""
-        if isinstance(box, dict):
-            for key, value in list(box.items()):
-                if (new := self.new_for(value)) is not None:
-                    box[key] = new
-                    self.undo.append(functools.partial(box.__setitem__, key, value))
-                elif type(value) is functools.partial:
-                    self.partial(value)
-        elif isinstance(box, list):
-            for index, value in enumerate(box):
-                if (new := self.new_for(value)) is not None:
-                    box[index] = new
-                    self.undo.append(functools.partial(_put_back, box, new, value))
-                elif type(value) is functools.partial:
-                    self.partial(value)
-        elif isinstance(box, set):
-            for value in [item for item in box if self.new_for(item) is not None]:
-                new = self.new_for(value)
-                box.symmetric_difference_update({value, new})
-                self.undo.append(functools.partial(box.symmetric_difference_update, {value, new}))
+    def cached(self, function: Any, depth: int) -> None:
+        if id(function) in self.table:
+            self.stuck.append(
+                Stuck(self.table[id(function)].row, f"{self.module} has it wrapped by functools.lru_cache")
+            )
+        else:
+            self.look(function, depth)
+
+    def partial(self, call: functools.partial[Any], depth: int) -> None:
+        self.mapping(call.keywords, depth)
+        self.visit(call.func, "", depth, _part, call, 0)
+        self.visit(call.args, "", depth, _part, call, 1)
 
 
-def _put_back(box: list[Any], new: Any, value: Any) -> None:
-    """Undo for lists, by identity: the list may have grown or shrunk since."""
-    for index, item in enumerate(box):
-        if item is new:
-            box[index] = value
-            return
+def _cells(function: types.FunctionType) -> Iterator[tuple[types.CellType, Any]]:
+    """The variables that a function closes over, with their values."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if name != "__class__":  # what super() looks at is the class that stands there in the source
+            try:
+                yield cell, cell.cell_contents
+            except ValueError:  # not bound yet
+                continue
+
+
+def _field(owner: Any, name: str) -> Slot:
+    return Slot(functools.partial(getattr, owner, name), functools.partial(setattr, owner, name))
+
+
+def _part(call: functools.partial[Any], position: int) -> Slot:
+    """The function (0) or the positional arguments (1) of a partial object, which keeps its identity."""
+
+    def put(value: Any) -> None:
+        state = [call.func, call.args, call.keywords, vars(call)]
+        state[position] = value
+        call.__setstate__(tuple(state))  # type: ignore[attr-defined]
+
+    return Slot(lambda: (call.func, call.args)[position], put)

@@ -1,4 +1,4 @@
-"""Patch and Entry: one row = what is replaced, by what, why, and what it must look like today.
+"""Patch, Entry and Loan: one row = what is replaced, by what, why, and what it must look like today.
 
 Targets are written "package.module:Class.attribute". The colon separates what is imported from what is
 looked up, so that a misspelt name cannot be mistaken for a module.
@@ -6,6 +6,7 @@ looked up, so that a misspelt name cannot be mistaken for a module.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,13 +19,30 @@ __all__ = ["Entry", "Loan", "Patch", "Row", "split_target"]
 Kind = Literal["replace", "wrap", "add"]
 
 
-@dataclass(frozen=True)
-class Patch:
+class _Targeted:
+    """The two halves of a target."""
+
+    target: str
+
+    @property
+    def module(self) -> str:
+        """Module that must be imported before the row can be applied."""
+        return split_target(self.target)[0]
+
+    @property
+    def name(self) -> str:
+        """Qualified name inside the module."""
+        return split_target(self.target)[1]
+
+
+@dataclass(frozen=True, eq=False)  # rows are told apart by identity
+class Patch(_Targeted):
     """Replace one attribute of a module or class.
 
     Attributes:
         target: "package.module:qualified.name".
-        new: the object to install ("replace", "add"), or a function original -> object ("wrap").
+        new: the object to install ("replace", "add"), or a function original -> object ("wrap"). That function
+            must not import: it may run inside the import of the target.
         reason: one line for the report.
         kind: "replace" and "wrap" need the target to exist; "add" also serves where it does not.
         optional: a missing target is a reported skip instead of an error.
@@ -44,21 +62,17 @@ class Patch:
     on_mismatch: Literal["refuse", "skip"] = "skip"
     rebind: bool = True
 
-    @property
-    def module(self) -> str:
-        """Module that must be imported before the row can be applied."""
-        return split_target(self.target)[0]
 
-
-@dataclass(frozen=True)
-class Entry:
+@dataclass(frozen=True, eq=False)
+class Entry(_Targeted):
     """Set one key of a mapping (or add one item to a list, with `key=None`) that a module keeps.
 
     Attributes:
         target: "package.module:name" of the dict or list.
-        key: key of the dict; None for a list, where `value` is appended and the list sorted by `sort_key`.
         value: what is stored.
         reason: one line for the report.
+        key: key of the dict; None for a list.
+        sort_key: order of the list, in which the value takes its place; None = at the end.
     """
 
     target: str
@@ -67,21 +81,16 @@ class Entry:
     key: Any = None
     sort_key: Callable[[Any], Any] | None = None
 
-    @property
-    def module(self) -> str:
-        """Module that must be imported before the row can be applied."""
-        return split_target(self.target)[0]
 
+@dataclass(frozen=True, eq=False)
+class Loan(_Targeted):
+    """Lend a package that is not installed, or does not work, to one module, for the time of its import only.
 
-@dataclass(frozen=True)
-class Loan:
-    """Lend a package that is not installed to one module, for the time of its import only.
-
-    Some modules import a package that they use on one path only. They get a stand-in for the names they need
-    while they are imported; nobody else sees it, and a real package always wins.
+    Some modules import a package that they use on one path only. Their own import statements get a stand-in;
+    nobody else sees it, sys.modules never holds it, and a real package that works always wins.
 
     Attributes:
-        target: "package.module:" + the name of the lent package, "megatron.core.x:triton".
+        target: "package.module:" + the name of the lent top-level package, "megatron.core.x:triton".
         make: builds the stand-ins: module name -> module, the package and its submodules.
         reason: one line for the report.
     """
@@ -90,20 +99,11 @@ class Loan:
     make: Callable[[], Mapping[str, ModuleType]]
     reason: str
 
-    @property
-    def module(self) -> str:
-        """Module that receives the loan."""
-        return split_target(self.target)[0]
-
-    @property
-    def package(self) -> str:
-        """Package that is lent."""
-        return split_target(self.target)[1]
-
 
 Row = Patch | Entry | Loan
 
 
+@functools.cache
 def split_target(target: str) -> tuple[str, str]:
     """Split "module:qualified.name".
 

@@ -7,6 +7,8 @@ wheels by tests/frameworks/megatron/seam_table.py).
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 from llm_adapt.frameworks.context import Context
@@ -18,18 +20,41 @@ __all__ = ["VERSIONS", "rows"]
 
 VERSIONS = "megatron-core 0.12 to 0.19"
 
+# Only for replacements that rely on the body of what they replace; wrappers call the original and need none.
+# A body that is none of these is left alone, and then it raises where the seam was needed: no wrong numbers.
+_BODIES: dict[str, Mapping[str, str]] = {
+    "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__": {
+        "0.12 to 0.16": "ba0629be43e2",
+        "0.17 to 0.19": "f4b37eb6d00a",
+    },
+    "megatron.core.datasets.utils:compile_helpers": {"0.12 to 0.19": "3a4a9f188f26"},
+    "megatron.core.fusions.fused_softmax:FusedScaleMaskSoftmax.is_kernel_available": {"0.12 to 0.19": "6593540a2a54"},
+    "megatron.legacy.fused_kernels:load": {"0.12 to 0.16": "4782a6a21539"},
+}
+
 
 def _seam(target: str, new: Any, reason: str, kind: Any = "wrap") -> Patch:
     """A row of this table: a target that a version lacks is a reported skip."""
-    return Patch(target, new, reason, kind=kind, optional=True, versions=VERSIONS)
+    bodies = _BODIES.get(target, {})
+    return Patch(target, new, reason, kind=kind, optional=True, versions=VERSIONS, fingerprints=bodies)
 
 
 def rows(context: Context) -> list[Row]:
     """All rows for Megatron-Core and for Megatron-LM's training loop; none where the device is torch.cuda."""
     if not context.adapter.needs_facade:
         return []
+    found = _packages() + _functions(context)
+    if context.adapter.device_type == "cpu":
+        tracker = "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork"
+        found.append(_seam(tracker, repairs.quiet_fork, "the CPU and the device share one generator"))
+    return found
+
+
+def _packages() -> list[Row]:
+    """CUDA packages that Megatron asks for and that are not installed."""
     core = "megatron.core"
     found: list[Row] = [
+        # Workaround: megatron-triton-at-import
         Loan(
             f"{core}.transformer.custom_layers.batch_invariant_kernels:triton",
             triton.modules,
@@ -49,26 +74,37 @@ def rows(context: Context) -> list[Row]:
         )
         for package in ("te", "fa", "mamba", "causal_conv1d")
     ]
-    found += [
-        _seam(
-            f"{core}.jit:jit_fuser", repairs.no_fuser, "functions are fused by torch.compile for CUDA only", "replace"
-        ),
-        _seam(f"{core}.transformer.torch_norm:WrappedTorchNorm.__new__", norms.wrapped, "norms without apex and TE"),
-        _seam(
-            f"{core}.fusions.fused_softmax:FusedScaleMaskSoftmax.is_kernel_available",
-            repairs.never,
-            "the fused softmax is a CUDA extension; torch's softmax computes the same",
-            "replace",
-        ),
+    if importlib.util.find_spec("transformer_engine") is None:
+        # Read as "is there a fused GEMM?", and bound only where TransformerEngine is: elsewhere a NameError.
+        # Workaround: megatron-te-gemm
+        reason = "without TransformerEngine the name is read and was never bound; None selects torch.mm"
+        found.append(_seam(f"{core}.transformer.moe.moe_utils:te_general_gemm", None, reason, "add"))
+    return found
+
+
+def _functions(context: Context) -> list[Row]:
+    """Functions that assume CUDA, TransformerEngine or a certain interpreter."""
+    core, training = "megatron.core", "megatron.training"
+    norm, softmax = f"{core}.transformer.torch_norm", f"{core}.fusions.fused_softmax:FusedScaleMaskSoftmax"
+    config = f"{core}.transformer.transformer_config:TransformerConfig"
+    no_softmax = "the fused softmax is a CUDA extension; torch's softmax computes the same"
+    no_fuser = "functions are fused by torch.compile for CUDA only"
+    no_build = "CUDA extensions cannot be built here"
+    return [
+        _seam(f"{core}.jit:jit_fuser", repairs.no_fuser, no_fuser, "replace"),
+        _seam(f"{norm}:WrappedTorchNorm.__new__", norms.wrapped, "norms without apex and TransformerEngine"),
+        _seam(f"{softmax}.is_kernel_available", repairs.never, no_softmax, "replace"),
+        _seam(f"{config}.__post_init__", repairs.unfused_rope(context.report), "rope without TransformerEngine"),
         _seam(f"{core}.datasets.utils:compile_helpers", repairs.compile_helpers, "builds for this interpreter"),
-        _seam("megatron.legacy.fused_kernels:load", repairs.nothing, "CUDA extensions cannot be built here", "replace"),
+        _seam("megatron.legacy.fused_kernels:load", repairs.nothing, no_build, "replace"),
         _seam(
-            "megatron.training.dist_signal_handler:get_device",
+            f"{training}.dist_signal_handler:get_device",
             repairs.signal_device(context.adapter),
             "knows nccl and gloo only",
         ),
+        _seam(
+            f"{training}.arguments:validate_args",
+            repairs.connections_for_fsdp(context.report),
+            "a variable for CUDA's queues must be 1 for tensor parallelism and must not be 1 for FSDP",
+        ),
     ]
-    if context.adapter.device_type == "cpu":
-        tracker = f"{core}.tensor_parallel.random:CudaRNGStatesTracker.fork"
-        found.append(_seam(tracker, repairs.quiet_fork, "the CPU and the device share one generator"))
-    return found

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import os
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -14,8 +15,19 @@ from typing import Any
 
 from llm_adapt.adapters.base import DeviceAdapter
 from llm_adapt.errors import PatchError
+from llm_adapt.report import Report
 
-__all__ = ["absent_is_older", "compile_helpers", "never", "no_fuser", "nothing", "quiet_fork", "signal_device"]
+__all__ = [
+    "absent_is_older",
+    "compile_helpers",
+    "connections_for_fsdp",
+    "never",
+    "no_fuser",
+    "nothing",
+    "quiet_fork",
+    "signal_device",
+    "unfused_rope",
+]
 
 
 def absent_is_older(original: Callable[..., bool]) -> Callable[..., bool]:
@@ -28,7 +40,7 @@ def absent_is_older(original: Callable[..., bool]) -> Callable[..., bool]:
         except (ImportError, LookupError):  # includes importlib.metadata.PackageNotFoundError
             return False
         except TypeError as error:
-            if "NoneType" in str(error):  # None >= Version: there is no version
+            if "NoneType" in str(error):  # Workaround: megatron-version-none (None >= Version)
                 return False
             raise
 
@@ -57,6 +69,7 @@ def quiet_fork(original: Callable[..., Any]) -> Callable[..., Any]:
     """
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
+    # Workaround: megatron-rng-warning
     def keep(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()
 
@@ -93,6 +106,7 @@ def compile_helpers(original: Callable[[], None]) -> Callable[[], None]:
         import pybind11
 
         includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        # Workaround: megatron-helpers-makefile
         command = ["make", "-C", str(folder), f"LIBEXT={extension}", f"CPPFLAGS={includes}"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -119,5 +133,65 @@ def signal_device(adapter: DeviceAdapter) -> Callable[[Any], Any]:
             return torch.device(adapter.device_type if local_rank is None else f"{adapter.device_type}:{local_rank}")
 
         return get_device
+
+    return wrap
+
+
+def unfused_rope(report: Report) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`TransformerConfig.__post_init__` that turns rope fusion off where its kernel is not installed.
+
+    Megatron's scripts ask for it by default; its own unfused path computes the same rotation. The change is
+    written to the report.
+    """
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def post_init(self: Any) -> None:
+            lacking = _rope_kernel_lacks(self) if getattr(self, "apply_rope_fusion", False) else ""
+            if lacking:
+                self.apply_rope_fusion = False
+                report.once("apply_rope_fusion", "off", f"{lacking}; Megatron's unfused rope computes the same")
+            original(self)
+
+        return post_init
+
+    return wrap
+
+
+def _rope_kernel_lacks(config: Any) -> str:
+    """What the fused rope of this config needs and does not find; empty when it is there."""
+    if getattr(config, "multi_latent_attention", False):
+        return "" if importlib.util.find_spec("triton") is not None else "triton is not installed"
+    from megatron.core.models.common.embeddings import rope_utils
+
+    kernels = ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")
+    if any(getattr(rope_utils, name, None) is not None for name in kernels):
+        return ""
+    return "TransformerEngine is not installed"
+
+
+def connections_for_fsdp(report: Report) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`validate_args` that does not see CUDA_DEVICE_MAX_CONNECTIONS=1 where the script asks for FSDP.
+
+    Megatron asserts that the variable is 1 with tensor parallelism and that it is not 1 with FSDP. The adapter sets
+    it to 1; it orders CUDA kernels and means nothing on this device.
+    """
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def validate_args(args: Any, *more: Any, **kwargs: Any) -> Any:
+            asked = [flag for flag in ("use_megatron_fsdp", "use_torch_fsdp2") if getattr(args, flag, False)]
+            # Workaround: megatron-fsdp-variable
+            hidden = os.environ.pop(name, None) if asked and os.environ.get(name) == "1" else None
+            if hidden is not None:
+                report.once(f"{name}=1", "not shown to validate_args", f"{asked[0]} refuses it; it has no effect here")
+            try:
+                return original(args, *more, **kwargs)
+            finally:
+                if hidden is not None:
+                    os.environ[name] = hidden
+
+        return validate_args
 
     return wrap

@@ -6,6 +6,7 @@ positions are translated. A path, a URL or a name that contains "cuda" is not a 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from llm_adapt.patching import Entry, Patch, Row
 
 __all__ = ["DeviceTranslator", "type_proxy"]
 
-_CUDA = re.compile(r"cuda(?::(\d+))?\Z")
+_CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]*))?\Z")  # what torch itself reads as a CUDA device
 REAL_DEVICE = torch.device  # the C type itself, whatever torch.device is bound to later
 
 
@@ -33,14 +34,20 @@ class DeviceTranslator:
     Attributes:
         target: torch device type of the tensors, e.g. "npu".
         is_host: True on the CPU, where every ordinal is the one host memory.
+        known: every device string and torch.device of CUDA, and the commonest others, with what they become.
+        current: the CPU's current ordinal; vendors keep their own.
     """
 
     def __init__(self, adapter: DeviceAdapter, count: int) -> None:
         self.adapter, self.count = adapter, count
         self.target = adapter.device_type
         self.is_host = self.target == "cpu"
-        self.current = 0  # the CPU's current ordinal; vendors keep their own
-        self._known: dict[Any, torch.device] = {}
+        self.current = 0
+        # Complete from the start and never written again: compiled code that translates stays valid.
+        self.known: dict[Any, Any] = {same: same for name in ("cpu", "meta") for same in (name, REAL_DEVICE(name))}
+        self.known |= dict.fromkeys(("cuda", REAL_DEVICE("cuda")), REAL_DEVICE(self.target))
+        for index in range(count):
+            self.known |= dict.fromkeys((f"cuda:{index}", REAL_DEVICE("cuda", index)), self.ordinal(index))
 
     def __call__(self, value: Any) -> Any:
         """Translate one value in a device position; anything that is not a CUDA device is returned as it is.
@@ -50,26 +57,20 @@ class DeviceTranslator:
         """
         kind = type(value)
         if kind is str or kind is REAL_DEVICE:
-            known = self._known.get(value)
-            return known if known is not None else self._learn(value)
+            known = self.known.get(value)
+            return known if known is not None else self._unknown(value)
         if kind is int:
             return self.ordinal(value)
-        return value
+        return self(str.__str__(value)) if isinstance(value, str) else value  # an Enum of strings
 
-    def _learn(self, value: Any) -> Any:
-        """First sight of a string or torch.device: translate it and remember the answer."""
-        if type(value) is str:
-            match = _CUDA.match(value)
-            if match is None:
-                return value
-            index = None if match[1] is None else int(match[1])
-        elif value.type == "cuda":
-            index = value.index
-        else:
-            return value
-        found = REAL_DEVICE(self.target) if index is None else self.ordinal(index)
-        self._known[value] = found
-        return found
+    def _unknown(self, value: Any) -> Any:
+        """Not CUDA, then it stays what it is; or a CUDA ordinal that does not exist."""
+        match = _CUDA.match(str(value))
+        return value if match is None else self.ordinal(int(match[1]))
+
+    def is_cuda(self, value: Any) -> bool:
+        """Whether a string or torch.device names CUDA."""
+        return isinstance(value, (str, REAL_DEVICE)) and _CUDA.match(str(value)) is not None
 
     def ordinal(self, index: int) -> torch.device:
         """The device with that ordinal.
@@ -94,7 +95,7 @@ class DeviceTranslator:
             return current()
         if isinstance(value, int) and not isinstance(value, bool):
             return current() if value < 0 else self._checked(value)
-        text = str(value)
+        text = str.__str__(value) if isinstance(value, str) else str(value)
         match = _CUDA.match(text)
         if match is not None:
             return current() if match[1] is None else self._checked(int(match[1]))
@@ -112,8 +113,10 @@ def logical_devices(configured: int | None) -> int:
     return configured or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def type_proxy(real: type, make: Callable[..., Any]) -> Any:
+def type_proxy(real: type, make: Callable[..., Any], home: str = "torch") -> Any:
     """A stand-in for a C type that cannot be subclassed: calls go to `make`, everything else is the real type.
+
+    `home` is the module that holds the stand-in under the type's name, which is how pickle finds it.
 
     isinstance and issubclass answer as for the real type, attributes are the real type's, and instances
     *are* real instances. The proxy equals the real type and hashes like it, so tables keyed by type still work.
@@ -138,7 +141,7 @@ def type_proxy(real: type, make: Callable[..., Any]) -> Any:
         def __hash__(cls) -> int:
             return hash(real)
 
-    namespace = {"__module__": real.__module__, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
+    namespace = {"__module__": home, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
     proxy = Meta(real.__name__, (), {**namespace, "__wrapped__": real})
     return proxy
 
@@ -159,28 +162,39 @@ def rows(translate: DeviceTranslator) -> list[Row]:
         return real_generator(translate(device))
 
     real_generator = torch.Generator
-    device_proxy = type_proxy(REAL_DEVICE, make_device)
+    device_proxy, generator_proxy = type_proxy(REAL_DEVICE, make_device), type_proxy(real_generator, make_generator)
 
     def reduce_device(device: torch.device) -> tuple[Any, tuple[Any, ...]]:
         args = (device.type,) if device.index is None else (device.type, device.index)
         return device_proxy, args
 
+    def device_module(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def get_device_module(device: Any = None) -> Any:
+            return torch.cuda if translate.is_cuda(device) else original(device)
+
+        return get_device_module
+
     why = "cuda devices become this device"
+    annotations = _script_annotations({REAL_DEVICE: device_proxy, real_generator: generator_proxy})
     return [
         Patch("torch:device", device_proxy, why),
-        Patch("torch:Generator", type_proxy(real_generator, make_generator), why),
+        Patch("torch:Generator", generator_proxy, why),
+        Patch("torch:get_device_module", device_module, "the module of cuda is torch.cuda", kind="wrap"),
         # torch.device pickles as a reference to its type: pickle must find the same object under that name.
-        Entry("copyreg:dispatch_table", reduce_device, "torch.device objects still pickle", key=REAL_DEVICE),
-        Patch("torch.jit.annotations:try_ann_to_type", _script_annotations(device_proxy), why, kind="wrap"),
+        # Workaround: pickle-torch-device
+        Entry("copyreg:dispatch_table", reduce_device, "torch.device objects still pickle", key=device_proxy),
+        Patch("torch.jit.annotations:try_ann_to_type", annotations, why, kind="wrap"),
     ]
 
 
-def _script_annotations(device_proxy: Any) -> Callable[[Any], Any]:
-    """TorchScript recognises torch.device by identity: show it the object it compares with."""
+def _script_annotations(proxies: dict[type, Any]) -> Callable[[Any], Any]:
+    """TorchScript recognises these types by identity: show it the objects it compares with."""
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def try_ann_to_type(ann: Any, *args: Any, **kwargs: Any) -> Any:
-            return original(device_proxy if ann is REAL_DEVICE else ann, *args, **kwargs)
+            return original(proxies.get(ann, ann) if isinstance(ann, type) else ann, *args, **kwargs)
 
         return try_ann_to_type
 

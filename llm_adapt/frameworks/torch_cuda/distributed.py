@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llm_adapt.frameworks.context import Context
+from llm_adapt.frameworks.torch_cuda import data_parallel
+from llm_adapt.frameworks.torch_cuda.availability import IsTold
 from llm_adapt.frameworks.torch_cuda.devices import DeviceTranslator
 from llm_adapt.parallel.backends import NcclOptions, ProcessGroupNCCL, translate_backend
 from llm_adapt.patching import Patch, Row
+from llm_adapt.report import Report
 
 __all__ = ["rows"]
 
@@ -21,76 +25,87 @@ _C10D = ("torch.distributed.distributed_c10d", "torch.distributed")
 _MESH = "torch.distributed.device_mesh"
 
 
-def rows(context: Context, translate: DeviceTranslator) -> list[Row]:
+def rows(context: Context, translate: DeviceTranslator, is_told: IsTold) -> list[Row]:
     """Rows for everything in torch.distributed that takes a backend or a device."""
     if not torch.distributed.is_available():
         context.report.add("patch", "torch.distributed", "left alone", "this torch is built without it", "skipped")
         return []
     arguments = functools.partial(_group_arguments, context=context, translate=translate)
-    found = _everywhere("init_process_group", arguments, "nccl is this device's library")
+    stands = "nccl stands for this device's library"
+    found = _everywhere("init_process_group", arguments, stands)
     found += _groups(context, arguments)
-    found += _everywhere("is_nccl_available", lambda original: lambda: True, "nccl stands for this device's library")
-    found += _everywhere("is_backend_available", _backend_available, "nccl stands for this device's library")
+    found += _everywhere("is_nccl_available", functools.partial(_nccl_available, is_told=is_told), stands)
+    found += _everywhere("is_backend_available", _backend_available, stands)
     found += [
         Patch(f"{module}:ProcessGroupNCCL", ProcessGroupNCCL, "a name to fill options in", kind="add")
         for module in _C10D
     ]
     mesh_type = functools.partial(_mesh_type, translate=translate)
-    found += [
+    return [
+        *found,
         Patch(f"{_MESH}:DeviceMesh.__init__", mesh_type, "a mesh of this device", kind="wrap"),
         Patch(f"{_MESH}:init_device_mesh", mesh_type, "a mesh of this device", kind="wrap"),
         Patch("torch.distributed:init_device_mesh", mesh_type, "a mesh of this device", kind="wrap"),
-        Patch(
-            "torch.nn.parallel.distributed:DistributedDataParallel.__init__",
-            functools.partial(_ddp, translate=translate),
-            "device_ids name this device",
-            kind="wrap",
-        ),
-        Patch(
-            "torch.distributed.fsdp.fully_sharded_data_parallel:FullyShardedDataParallel.__init__",
-            functools.partial(_fsdp, translate=translate),
-            "device_id names this device",
-            kind="wrap",
-        ),
+        *data_parallel.rows(translate, context.report),
     ]
-    return found
 
 
 def _groups(context: Context, arguments: Wrap) -> list[Row]:
     """new_group, and on gloo also what gloo lacks."""
     if context.adapter.backend != "gloo":
-        return _everywhere("new_group", arguments, "nccl is this device's library")
-    from llm_adapt.parallel.collectives import bytewise, flat_gather, flat_scatter, premultiplied
+        return _everywhere("new_group", arguments, "nccl is this device's library", (*_C10D, _MESH))
+    from llm_adapt.parallel import collectives
     from llm_adapt.parallel.groups import GroupCache
 
     c10d = torch.distributed.distributed_c10d
     cache = GroupCache(c10d.new_group, c10d.destroy_process_group)
     shared = arguments(_like(c10d.new_group, cache.new_group))
-    destroy = _like(c10d.destroy_process_group, cache.destroy)
-    found = _everywhere("new_group", lambda original: shared, "one gloo group per set of ranks")
-    found += _everywhere("destroy_process_group", lambda original: destroy, "a shared group goes with its last user")
+    destroy = _like(c10d.destroy_process_group, functools.partial(_destroy, cache=cache, report=context.report))
+    kept = "a shared group goes with the default group"
+    found = _everywhere("new_group", lambda original: shared, "one gloo group per set of ranks", (*_C10D, _MESH))
+    found += _everywhere("destroy_process_group", lambda original: destroy, kept)
     lacking: dict[str, Wrap] = {
-        "all_reduce": premultiplied,
-        "reduce": premultiplied,
-        "reduce_scatter_tensor": flat_scatter,
-        "all_gather_into_tensor": flat_gather,
-        **dict.fromkeys(("all_gather", "broadcast", "all_to_all_single", "all_to_all"), bytewise),
-        **dict.fromkeys(("gather", "scatter", "send", "recv", "isend", "irecv"), bytewise),
+        "all_reduce": collectives.premultiplied,
+        "reduce": collectives.premultiplied_reduce,
+        "reduce_scatter": collectives.premultiplied,
+        "reduce_scatter_tensor": collectives.flat_scatter,
+        "all_gather_into_tensor": collectives.flat_gather,
+        "_coalescing_manager": collectives.uncoalesced,
+        **dict.fromkeys(("all_gather", "broadcast", "all_to_all_single", "all_to_all"), collectives.bytewise),
+        **dict.fromkeys(("gather", "scatter", "send", "recv", "isend", "irecv"), collectives.bytewise),
     }
     for name, wrap in lacking.items():
-        found += _everywhere(name, wrap, "PREMUL_SUM, float8 and flat shapes on gloo")
+        found += _everywhere(name, wrap, "PREMUL_SUM, float8, flat shapes and coalescing on gloo")
     return found
+
+
+def _destroy(group: Any = None, *, cache: Any, report: Report) -> None:
+    if not cache.destroy(group):
+        report.once("destroy_process_group(group)", "kept", "gloo groups are shared; they end with the default group")
 
 
 def _like(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
     """A function with the original's name and signature that calls a method."""
-    return functools.wraps(original)(lambda *args, **kwargs: method(*args, **kwargs))
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
 
 
-def _everywhere(name: str, wrap: Wrap, reason: str) -> list[Row]:
-    """Rows for a c10d function under both of its names, bound to one and the same object."""
+def _everywhere(name: str, wrap: Wrap, reason: str, modules: tuple[str, ...] = _C10D) -> list[Row]:
+    """Rows for a c10d function under all of its names, bound to one and the same object."""
     once = functools.lru_cache(maxsize=None)(wrap)
-    return [Patch(f"{module}:{name}", once, reason, kind="wrap") for module in _C10D]
+    return [Patch(f"{module}:{name}", once, reason, kind="wrap") for module in modules]
+
+
+def _nccl_available(original: Callable[[], bool], is_told: IsTold) -> Callable[[], bool]:
+    @functools.wraps(original)
+    def is_nccl_available() -> bool:
+        return is_told(sys._getframe(1).f_globals.get("__name__", "")) or original()
+
+    return is_nccl_available
 
 
 def _backend_available(original: Callable[[str], bool]) -> Callable[[str], bool]:
@@ -117,7 +132,7 @@ def _group_arguments(original: Callable[..., Any], context: Context, translate: 
         if asked.get("device_id") is not None:
             asked["device_id"] = translate(asked["device_id"])
             if adapter.backend in ("gloo", "cncl"):
-                # gloo has no device to bind; cncl was seen to hang with one (docs/workarounds.md).
+                # gloo has no device to bind; cncl was seen to hang with one. Workaround: cncl-device-id
                 report.once("device_id", "no effect", f"{adapter.backend} binds no device")
                 asked["device_id"] = None
         return original(*call.args, **call.kwargs)
@@ -136,26 +151,3 @@ def _mesh_type(original: Callable[..., Any], translate: DeviceTranslator) -> Cal
         return original(*call.args, **call.kwargs)
 
     return with_device_type
-
-
-def _ddp(original: Callable[..., None], translate: DeviceTranslator) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(
-        self: Any, module: Any, device_ids: Any = None, output_device: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        if translate.is_host:
-            device_ids = output_device = None  # torch refuses device ids for a module on the CPU
-        else:
-            device_ids = None if device_ids is None else [translate(item) for item in device_ids]
-            output_device = translate(output_device)
-        original(self, module, device_ids, output_device, *args, **kwargs)
-
-    return init
-
-
-def _fsdp(original: Callable[..., None], translate: DeviceTranslator) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, module: Any, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
-        original(self, module, *args, device_id=translate(device_id), **kwargs)
-
-    return init

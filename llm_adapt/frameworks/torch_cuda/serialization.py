@@ -22,7 +22,7 @@ _ACCELERATOR_TAG = re.compile(r"(cuda|npu|mlu|privateuseone)(?::(\d+))?\Z")
 def rows(translate: DeviceTranslator) -> list[Row]:
     """Rows for torch.load's map_location and for storage tags."""
     why = "checkpoints written on any device load here"
-    load = functools.partial(_load, translate=translate)
+    load = functools.lru_cache(maxsize=None)(functools.partial(_load, translate=translate))  # one object, two names
     entry = (_PRIORITY, _no_tag, functools.partial(_restore, translate=translate))
     return [
         Patch("torch:load", load, why, kind="wrap"),

@@ -1,4 +1,4 @@
-"""Factories, Tensor methods and Module.to: every entry point of torch that takes a device.
+"""Factories, Tensor.to and its kin, Module.to: every entry point of torch that takes a device.
 
 Thin wrappers on the entry points, none on the rest and no global mode: an op without a device argument
 costs nothing (measured in benchmarks/overhead.py).
@@ -7,7 +7,6 @@ costs nothing (measured in benchmarks/overhead.py).
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,10 @@ __all__ = ["factory_targets", "rows"]
 
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like", "normal")
 _NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
-_CUDA_TYPE = re.compile(r"torch\.cuda\.(\w+Tensor)\Z")
-_DEVICE_KINDS = frozenset({str, int, REAL_DEVICE})
+
+_ABSENT: Any = object()
+_COPY = 2  # position of `copy` after the device: Tensor.to(device, dtype, non_blocking, copy)
+_NO_PINNING = ("pin_memory", "no effect", "host memory needs no pinning on the CPU")
 
 WHY = "takes a device"
 
@@ -46,29 +47,26 @@ def factory_targets() -> list[str]:
 def rows(translate: DeviceTranslator, report: Report) -> list[Row]:
     """Rows for the entry points of torch, torch.Tensor and torch.nn.Module."""
     factory = functools.partial(_factory, translate=translate, report=report)
-    found: list[Row] = [Patch(target, factory, WHY, kind="wrap") for target in factory_targets()]
-    found += [Patch(f"torch:Tensor.{name}", factory, WHY, kind="wrap") for name in _NEW]
+    targets = [*factory_targets(), *(f"torch:Tensor.{name}" for name in _NEW)]
+    found: list[Row] = [Patch(target, factory, WHY, kind="wrap") for target in targets]
     found += [
         Patch("torch:Tensor.to", functools.partial(_tensor_to, translate=translate), WHY, kind="wrap"),
         Patch("torch:Tensor.cuda", _tensor_cuda(translate), "moves to this device"),
-        Patch("torch:Tensor.is_cuda", _is_cuda(translate), "tensors of this device are what the script calls cuda"),
-        Patch("torch:Tensor.type", functools.partial(_tensor_type, translate=translate), WHY, kind="wrap"),
         Patch("torch.nn:Module.to", functools.partial(_module_to, translate=translate), WHY, kind="wrap"),
         Patch("torch:set_default_device", functools.partial(_first, translate=translate), WHY, kind="wrap"),
-        Patch("torch:set_default_tensor_type", _default_tensor_type(translate), WHY, kind="wrap"),
     ]
     if translate.is_host:
-        found += _host_rows(translate)
+        found += _host_rows(report)
     return found
 
 
-def _host_rows(translate: DeviceTranslator) -> list[Row]:
+def _host_rows(report: Report) -> list[Row]:
     """What differs when device memory and host memory are one."""
-    why = "device-to-host copies: code after it may change the device tensor"
+    why, pinned = "device-to-host copies: code after it may change the device tensor", "host memory needs no pinning"
     return [
         Patch("torch:Tensor.cpu", _tensor_cpu, why, kind="wrap"),
-        Patch("torch:Tensor.pin_memory", _pin_memory, "host memory needs no pinning"),
-        Patch("torch:Tensor.is_pinned", _is_pinned, "host memory needs no pinning"),
+        Patch("torch:Tensor.pin_memory", _pin_memory(report), pinned),
+        Patch("torch:Tensor.is_pinned", _is_pinned, pinned),
         Patch("torch:Tensor.record_stream", _record_stream, "work on the CPU is finished when the call returns"),
     ]
 
@@ -81,7 +79,7 @@ def _factory(original: Callable[..., Any], translate: DeviceTranslator, report: 
         if "device" in kwargs:
             kwargs["device"] = translate(kwargs["device"])
         if is_host and "pin_memory" in kwargs and kwargs["pin_memory"]:
-            report.once("pin_memory=True", "no effect", "host memory needs no pinning on the CPU")
+            report.once(*_NO_PINNING)
             kwargs["pin_memory"] = False
         return original(*args, **kwargs)
 
@@ -92,30 +90,34 @@ def _first(original: Callable[..., Any], translate: DeviceTranslator) -> Callabl
     """For functions whose first argument is the device."""
 
     @functools.wraps(original)
-    def with_device(device: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def with_device(device: Any, *args: Any, **kwargs: Any) -> Any:
         return original(translate(device), *args, **kwargs)
 
     return with_device
 
 
 def _tensor_to(original: Callable[..., Any], translate: DeviceTranslator) -> Callable[..., Any]:
-    copies_to_host = translate.is_host
+    """Tensor.to. On the CPU "cpu" copies, as a device-to-host transfer does: a snapshot must stay what it was."""
+    known, copies_to_host, real = translate.known.get, translate.is_host, REAL_DEVICE
 
     @functools.wraps(original)
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args:
-            first = args[0]
-            if type(first) in _DEVICE_KINDS:
-                if first == "cpu" and copies_to_host:
-                    kwargs["copy"] = True
-                else:
-                    args = (translate(first), *args[1:])
-        if "device" in kwargs:
-            if copies_to_host and kwargs["device"] == "cpu":
-                kwargs["copy"] = True
+    def to(self: torch.Tensor, device: Any = _ABSENT, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The first argument may be a dtype or a tensor as well. This is the facade's most frequent call.
+        kind = type(device)
+        if kind is real or kind is str:
+            device = known(device) or translate(device)
+        elif device is _ABSENT:
+            return original(self, **kwargs)  # type: ignore[no-any-return]
+        elif kind is not torch.dtype:
+            device = translate(device)
+        if copies_to_host and type(device) is str and device == "cpu":
+            if len(args) > _COPY:
+                args = (*args[:_COPY], True, *args[_COPY + 1 :])
             else:
-                kwargs["device"] = translate(kwargs["device"])
-        return original(self, *args, **kwargs)  # type: ignore[no-any-return]
+                kwargs["copy"] = True
+        if args or kwargs:
+            return original(self, device, *args, **kwargs)  # type: ignore[no-any-return]
+        return original(self, device)  # type: ignore[no-any-return]
 
     return to
 
@@ -123,7 +125,7 @@ def _tensor_to(original: Callable[..., Any], translate: DeviceTranslator) -> Cal
 def _module_to(original: Callable[..., Any], translate: DeviceTranslator) -> Callable[..., Any]:
     @functools.wraps(original)
     def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        if args and type(args[0]) in _DEVICE_KINDS:
+        if args:
             args = (translate(args[0]), *args[1:])
         if "device" in kwargs:
             kwargs["device"] = translate(kwargs["device"])
@@ -148,59 +150,21 @@ def _tensor_cuda(translate: DeviceTranslator) -> Callable[..., Any]:
     return cuda
 
 
-def _is_cuda(translate: DeviceTranslator) -> property:
-    target = translate.target
-
-    def is_cuda(self: torch.Tensor) -> bool:
-        """True on the device that stands for cuda."""
-        return self.device.type == target
-
-    return property(is_cuda)
-
-
-def _tensor_type(original: Callable[..., Any], translate: DeviceTranslator) -> Callable[..., Any]:
-    target = translate.target
-    own_prefix = "torch." if target == "cpu" else f"torch.{target}."
-
-    @functools.wraps(original)
-    def tensor_type(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
-        if dtype is None:
-            name: str = original(self, **kwargs)
-            if self.device.type == target and name.startswith(own_prefix):
-                return "torch.cuda." + name[len(own_prefix) :]
-            return name
-        if type(dtype) is str and (match := _CUDA_TYPE.match(dtype)):
-            dtype = own_prefix + match[1]
-        return original(self, dtype, non_blocking, **kwargs)
-
-    return tensor_type
-
-
-def _default_tensor_type(translate: DeviceTranslator) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    own_prefix = "torch." if translate.is_host else f"torch.{translate.target}."
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def set_default_tensor_type(t: Any) -> None:
-            match = _CUDA_TYPE.match(t) if type(t) is str else None
-            original(own_prefix + match[1] if match else t)
-
-        return set_default_tensor_type
-
-    return wrap
-
-
 def _tensor_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def cpu(self: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format) -> torch.Tensor:
-        return self.to("cpu", memory_format=memory_format, copy=True)
+        return self.to("cpu", memory_format=memory_format)  # the string: it copies
 
     return cpu
 
 
-def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
-    """The tensor itself: it lies in host memory."""
-    return self
+def _pin_memory(report: Report) -> Callable[..., Any]:
+    def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+        """The tensor itself: it lies in host memory."""
+        report.once(*_NO_PINNING)
+        return self
+
+    return pin_memory
 
 
 def _is_pinned(self: torch.Tensor, device: Any = None) -> bool:

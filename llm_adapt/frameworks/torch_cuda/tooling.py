@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,7 +35,7 @@ def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str,
             kind="wrap",
         ),
         Patch(
-            "torch.profiler.profiler:profile.__init__",
+            "torch.profiler.profiler:_KinetoProfile.__init__",
             functools.partial(_profile, report=report, title=translate.adapter.title),
             "ProfilerActivity.CUDA where no CUDA is",
             kind="wrap",
@@ -42,15 +44,18 @@ def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str,
 
 
 class PatchChild:
-    """Unpickled by a spawned child before it imports its main module; unpickling it patches the child."""
+    """Unpickled by a spawned child before it imports its main module; unpickling it patches the child.
+
+    It unpickles as a line of code, because the child knows its parent's sys.path, and with it llm_adapt, only
+    after unpickling.
+    """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        from llm_adapt.session import patch_child
-
-        return patch_child, (self.arguments,)
+        paths = f"import sys; sys.path[:] = {sys.path!r}"
+        return exec, (f"{paths}; from llm_adapt.session import patch_child; patch_child({self.arguments!r})", {})
 
 
 def _prepare_child(original: Callable[..., dict[str, Any]], child_arguments: dict[str, Any]) -> Callable[..., Any]:
@@ -62,15 +67,18 @@ def _prepare_child(original: Callable[..., dict[str, Any]], child_arguments: dic
 
 
 def _data_loader(original: Callable[..., None], translate: DeviceTranslator, report: Report) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("pin_memory") and translate.is_host:
+    def init(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        asked = call.arguments
+        if asked.get("pin_memory") and translate.is_host:
             report.once("DataLoader(pin_memory=True)", "no effect", "host memory needs no pinning on the CPU")
-            kwargs["pin_memory"] = False
-        if kwargs.get("pin_memory_device"):
-            place = translate(kwargs["pin_memory_device"])
-            kwargs["pin_memory_device"] = "" if translate.is_host else str(place)
-        original(self, *args, **kwargs)
+            asked["pin_memory"] = False
+        if asked.get("pin_memory_device"):
+            asked["pin_memory_device"] = "" if translate.is_host else str(translate(asked["pin_memory_device"]))
+        original(*call.args, **call.kwargs)
 
     return init
 
@@ -97,7 +105,7 @@ def script_builtins(rows: Iterable[Row]) -> list[Row]:
     and compiled code calls the operator itself (a device in scripted code is not translated).
     """
     import torch
-    from torch.jit._builtins import _get_builtin_table
+    from torch.jit._builtins import _get_builtin_table  # Workaround: script-builtins
 
     table = _get_builtin_table()
     modules = {"torch": torch, "torch.fft": torch.fft}

@@ -15,7 +15,7 @@ import torch
 
 from llm_adapt.frameworks.torch_cuda.devices import DeviceTranslator, type_proxy
 
-__all__ = ["functions", "ranges"]
+__all__ = ["functions", "memory_history", "ranges"]
 
 _DEVICE_ARGUMENTS = ("device", "peer_device")
 # The vendor's module for NVTX ranges: torch.npu.mstx (torch_npu 2.13), torch.mlu.cnpx (torch_mlu 1.22).
@@ -40,6 +40,13 @@ def functions(translate: DeviceTranslator) -> dict[str, Any]:
     return table
 
 
+def memory_history(translate: DeviceTranslator) -> dict[str, Any]:
+    """The allocator's history, which torch keeps under private names of torch.cuda.memory; empty without one."""
+    module = getattr(getattr(torch, translate.target), "memory", None)
+    names = ("_record_memory_history", "_snapshot", "_dump_snapshot")
+    return {name: _translated(getattr(module, name), translate) for name in names if hasattr(module, name)}
+
+
 def ranges(translate: DeviceTranslator) -> dict[str, Any]:
     """The vendor's NVTX twin; empty where it has none."""
     module = getattr(getattr(torch, translate.target), _RANGES.get(translate.target, ""), None)
@@ -58,14 +65,17 @@ def _translated(own: Any, translate: DeviceTranslator) -> Any:
     if not any(name in names for name in _DEVICE_ARGUMENTS):
         return own
 
+    def place(value: Any) -> Any:
+        return value if type(value) is int and value < 0 else translate(value)  # torch.cuda.device(-1) does nothing
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        fixed = [translate(arg) if name in _DEVICE_ARGUMENTS else arg for name, arg in zip(names, args, strict=False)]
+        fixed = [place(arg) if name in _DEVICE_ARGUMENTS else arg for name, arg in zip(names, args, strict=False)]
         for name in _DEVICE_ARGUMENTS:
             if name in kwargs:
-                kwargs[name] = translate(kwargs[name])
+                kwargs[name] = place(kwargs[name])
         return own(*fixed, *args[len(fixed) :], **kwargs)
 
     if isinstance(own, type):
-        return type_proxy(own, call)
+        return type_proxy(own, call, home="torch.cuda")
     wrapped: Callable[..., Any] = functools.wraps(own)(call)
     return wrapped

@@ -1,0 +1,1 @@
+"""A folder for PYTHONPATH: its sitecustomize.py patches a process before its script starts."""

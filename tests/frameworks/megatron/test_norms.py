@@ -1,0 +1,145 @@
+"""Megatron's norms without apex and TransformerEngine: values, gradients, and what the config asks for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_adapt.frameworks.megatron.norms import LayerNorm, RMSNorm, wrapped
+
+EPS = 1e-5
+# Largest error relative to the largest value: a few units in the last place of each dtype.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def config(normalization: str, **values: Any) -> SimpleNamespace:
+    """A Megatron config as far as the norms read it."""
+    defaults = {
+        "layernorm_zero_centered_gamma": False,
+        "sequence_parallel": False,
+        "persist_layer_norm": True,
+        "memory_efficient_layer_norm": True,
+    }
+    return SimpleNamespace(normalization=normalization, **{**defaults, **values})
+
+
+def original(cls: type, config: Any, hidden_size: int, eps: float = EPS, **kwargs: Any) -> torch.nn.Module:
+    """Stands for Megatron's own `__new__`."""
+    raise AssertionError(f"the original was called for {config.normalization}")
+
+
+def build(hidden_size: int, normalization: str, **values: Any) -> torch.nn.Module:
+    """The norm that Megatron gets."""
+    return wrapped(original)(object, config(normalization, **values), hidden_size, EPS)
+
+
+def formula(kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Both norms from their papers, in the dtype of x."""
+    if kind == "RMSNorm":
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered / torch.sqrt(centered.pow(2).mean(-1, keepdim=True) + EPS) * weight
+    return scaled if bias is None else scaled + bias
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> bool:
+    """Equal to a few units in the last place of `dtype`, on the scale of the tensor or of the sums behind it."""
+    scale = max(scale, float(expected.abs().max()))
+    return bool((found.double() - expected).abs().max() <= TOLERANCE[dtype] * scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["LayerNorm", "RMSNorm"]),
+    shape=st.lists(st.integers(1, 5), min_size=0, max_size=3),
+    hidden=st.integers(2, 65),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    zero_centered=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_values_and_gradients_are_the_formula(
+    kind: str, shape: list[int], hidden: int, dtype: torch.dtype, zero_centered: bool, seed: int
+) -> None:
+    """For every shape, dtype and weight form, y, dx, dw and db equal the float64 formula of the paper."""
+    generator = torch.Generator().manual_seed(seed)
+    norm = build(hidden, kind, layernorm_zero_centered_gamma=zero_centered)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    norm = norm.to(dtype)
+    x = torch.randn(*shape, hidden, generator=generator).to(dtype).requires_grad_()
+    y = norm(x)
+    dy = torch.randn(y.shape, generator=generator).to(dtype)
+    y.backward(dy)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *norm.parameters())]
+    bias = exact[2] if kind == "LayerNorm" else None
+    reference = formula(kind, exact[0], exact[1] + 1 if zero_centered else exact[1], bias)
+    reference.backward(dy.double())
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    assert close(y, reference.detach(), dtype)
+    # dx is a difference of terms of this size; for a short row they nearly cancel.
+    row = exact[0].detach()
+    spread = row.std(-1, correction=0) if kind == "LayerNorm" else row.pow(2).mean(-1).sqrt()
+    scale = float(dy.abs().max() * (norm.weight.detach().abs().max() + 1) / (spread.min().pow(2) + EPS).sqrt())
+    for found, expected in zip((x, *norm.parameters()), exact, strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        assert close(found.grad, expected.grad, dtype, scale if found is x else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_a_new_zero_centered_norm_starts_as_the_plain_one(kind: str) -> None:
+    """With zero-centered weights the weight starts at 0 and the output is that of a weight of 1."""
+    x = torch.randn(3, 8)
+    centered, plain = build(8, kind, layernorm_zero_centered_gamma=True), build(8, kind)
+    assert torch.equal(centered.weight, torch.zeros(8))
+    assert torch.equal(plain.weight, torch.ones(8))
+    torch.testing.assert_close(centered(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_every_parameter_carries_the_sequence_parallel_mark(kind: str, sequence_parallel: bool) -> None:
+    """Megatron sums gradients over tensor-parallel ranks by this mark, so it is on weight and bias."""
+    norm = build(8, kind, sequence_parallel=sequence_parallel)
+    marks = {name: parameter.sequence_parallel for name, parameter in norm.named_parameters()}
+    names = {"LayerNorm": {"weight", "bias"}, "RMSNorm": {"weight"}}[kind]
+    assert marks == dict.fromkeys(names, sequence_parallel)
+
+
+def test_the_config_chooses_the_class_and_eps_is_kept() -> None:
+    """LayerNorm and RMSNorm are torch's own classes by inheritance, with the eps that was asked for."""
+    layer = wrapped(original)(object, config("LayerNorm"), 4, 0.5)
+    rms = wrapped(original)(object, config("RMSNorm"), 4, 0.25)
+    assert isinstance(layer, LayerNorm)
+    assert isinstance(layer, torch.nn.LayerNorm)
+    assert layer.eps == 0.5
+    assert isinstance(rms, RMSNorm)
+    assert isinstance(rms, torch.nn.RMSNorm)
+    assert rms.eps == 0.25
+
+
+def test_another_norm_is_left_to_megatron() -> None:
+    """A norm that is not covered goes to the original with all of its arguments."""
+    calls: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        calls.append((args, kwargs))
+        return torch.nn.Identity()
+
+    asked = config("L2Norm")
+    wrapped(record)(object, asked, 8, 1e-3, True, normalization="L2Norm")
+    assert calls == [((object, asked, 8, 1e-3, True), {"normalization": "L2Norm"})]
+
+
+def test_the_state_has_the_names_of_torch() -> None:
+    """A checkpoint has the names that Megatron's own wrapper writes, so it loads on any device."""
+    assert list(build(4, "LayerNorm").state_dict()) == ["weight", "bias"]
+    assert list(build(4, "RMSNorm").state_dict()) == ["weight"]
