@@ -39,16 +39,20 @@ class ImportHook(importlib.abc.MetaPathFinder):
     ) -> None:
         self.watched = frozenset(watched)
         self.after, self.before, self.around = after, before, around
+        self._list = sys.meta_path
         self._asking = threading.local()  # names this thread is asking the other finders for
 
     def install(self) -> None:
         """Put the hook in front of the import system."""
-        sys.meta_path.insert(0, self)
+        # A list of its own: threads may be iterating over the present one, and a removal makes them skip a finder.
+        self._list = sys.meta_path
+        sys.meta_path = [self, *self._list]
 
     def remove(self) -> None:
         """Take the hook out again; a second call does nothing."""
         if self in sys.meta_path:
-            sys.meta_path.remove(self)
+            self._list[:] = [finder for finder in sys.meta_path if finder is not self]
+            sys.meta_path = self._list
 
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None

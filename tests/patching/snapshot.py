@@ -13,26 +13,27 @@ from typing import Any
 
 __all__ = ["Snapshot"]
 
-# Written by Python itself: builtins of each namespace, warnings given, slots found by copyreg when it pickles.
-_CACHES = ("__builtins__", "__warningregistry__", "__slotnames__")
+# Written by Python itself: builtins of each namespace, warnings given, slots found by copyreg, the last traceback.
+_CACHES = ("__builtins__", "__warningregistry__", "__slotnames__", "last_type", "last_value", "last_traceback")
+_NOT_TAKEN = ("llm_adapt", "_pytest", "pytest", "pluggy", "hypothesis")  # ours, and who runs the tests
 _class_names = type.__dict__["__dict__"].__get__
 
 
 class Snapshot:
-    """Names of every module and class (except llm_adapt's), and the process-wide registries.
+    """Names of every module and class (but llm_adapt's and the test runner's), and the process-wide registries.
 
     Values are kept, not their ids, so that no id can be used twice.
     """
 
     def __init__(self) -> None:
         self.boxes: dict[str, dict[Any, Any]] = {}
-        self.modules = {name: module for name, module in sys.modules.items() if not _is_ours(name)}
+        self.modules = {name: module for name, module in sys.modules.items() if not _is_left_out(name)}
         for name, module in self.modules.items():
             if issubclass(type(module), types.ModuleType):
                 self._take(f"module {name}", object.__getattribute__(module, "__dict__"))
         found = [value for box in self.boxes.values() for value in box.values()]
         for kind in {value for value in found if issubclass(type(value), type)}:
-            if not _is_ours(str(_class_names(kind).get("__module__"))):
+            if not _is_left_out(str(_class_names(kind).get("__module__"))):
                 self._take(f"class {kind.__module__}.{kind.__qualname__} {id(kind)}", _class_names(kind))
         self._take("copyreg", copyreg.dispatch_table)
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
@@ -61,8 +62,8 @@ class Snapshot:
         return sorted(lines)
 
 
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] == "llm_adapt"
+def _is_left_out(module: str) -> bool:
+    return module.partition(".")[0] in _NOT_TAKEN
 
 
 def _lists() -> dict[str, list[Any]]:

@@ -230,4 +230,5 @@ def test_functions_are_pickled_as_before(before: Snapshot, monkeypatch: pytest.M
     other = [
         row.target for row, text in pickles.items() if text is not None and pickle.loads(text) is not attribute(row)
     ]
+    print(lost, other)
     assert (lost, other) == ([], [])
