@@ -8,7 +8,8 @@ on a vendor's image install them as README.md says, with the present torch as a 
 from setuptools import find_packages, setup
 
 cli = ["rich>=13"]
-megatron = ["megatron-core==0.16.1", "numpy", "pybind11>=2.12"]
+# psutil: Megatron-Core's checkpoint writer imports it without declaring it.
+megatron = ["megatron-core==0.16.1", "numpy", "psutil", "pybind11>=2.12"]
 transformers = ["transformers>=5.23,<6", "accelerate>=1.15"]
 sim = ["setuptools>=68"]
 bench = ["matplotlib>=3.8", *cli]
