@@ -18,7 +18,7 @@ from llm_adapt.patching.import_hook import ImportHook, is_missing, wait_for_impo
 from llm_adapt.patching.journal import ABSENT, Journal
 from llm_adapt.patching.loans import Lender
 from llm_adapt.patching.places import MissingTarget, Place, find, like, missing, plain
-from llm_adapt.patching.rebinding import Stuck, Swap, rebind
+from llm_adapt.patching.rebinding import Stuck, Swap, in_scope, rebind
 from llm_adapt.patching.rows import Entry, Loan, Patch, Row
 from llm_adapt.patching.writes import Write, prepare
 
@@ -148,7 +148,7 @@ class Plan:
                 self._put(write)
             swaps = [write.swap for write in writes if write.swap is not None]
             # Generators, since the search for holders would find a list of originals.
-            originals = (plain(write.place.original) for write in writes)
+            originals = (plain(write.place.original) for write in writes if in_scope(write.row.module))
             stuck = rebind(swaps, self._journal, ours=self._new, roots=originals)
             if is_late:
                 memory = (part for act in self._journal.acts for part in (act.old, *act.slot))

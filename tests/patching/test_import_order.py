@@ -57,7 +57,7 @@ def answers(order: list[str], copies: list[tuple[str, tuple[str, str]]]) -> tupl
         return patched, restored, same and not left
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.permutations(STEPS), st.lists(COPY, max_size=4))
 def test_the_order_of_imports_and_patch_never_matters(
     order: list[str], copies: list[tuple[str, tuple[str, str]]]

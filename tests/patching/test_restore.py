@@ -215,20 +215,19 @@ def attribute(row: Row) -> Any:
     return found
 
 
-def test_functions_are_pickled_as_before(before: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrapped_functions_are_pickled_as_before(before: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     """What could be pickled still can, and such a pickle opens in an unpatched process as torch's own."""
     collected: list[Row] = []
     real = torch_cuda.rows
     monkeypatch.setattr(torch_cuda, "rows", lambda context: collected.extend(real(context)) or collected)
     llm_adapt.patch(device="cpu")
-    rows = [row for row in collected if isinstance(row, Patch) and row.kind != "add" and row.module in sys.modules]
+    rows = [row for row in collected if isinstance(row, Patch) and row.kind == "wrap" and row.module in sys.modules]
     pickles = {row: picklable(attribute(row)) for row in rows}
     llm_adapt.unpatch()
     monkeypatch.undo()
-    assert len(rows) > 100
+    assert len(rows) > 50
     lost = [row.target for row in rows if picklable(attribute(row)) is not None and pickles[row] is None]
     other = [
         row.target for row, text in pickles.items() if text is not None and pickle.loads(text) is not attribute(row)
     ]
-    print(lost, other)
     assert (lost, other) == ([], [])
