@@ -5,6 +5,8 @@ nothing here may ever replace it, so it is not named. Extras name packages that 
 on a vendor's image install them as README.md says, with the present torch as a constraint.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 cli = ["rich>=13"]
@@ -31,7 +33,7 @@ setup(
     name="llm-adapt",
     version="0.1.0",
     description="Run CUDA-written LLM training scripts unchanged on Ascend NPU, Cambricon MLU, Hygon DCU, CUDA and CPU",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

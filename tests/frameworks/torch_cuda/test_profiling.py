@@ -69,7 +69,9 @@ def test_a_profiler_with_a_schedule() -> None:
     traces: list[int] = []
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=1, repeat=1)
     with profile(
-        activities=[ProfilerActivity.CUDA], schedule=schedule, on_trace_ready=lambda found: traces.append(found.step_num)
+        activities=[ProfilerActivity.CUDA],
+        schedule=schedule,
+        on_trace_ready=lambda found: traces.append(found.step_num),
     ) as found:
         for _ in range(4):
             torch.ones(2).sum()

@@ -129,7 +129,7 @@ class TestTorchDevice:
         place = torch.ones(1).device
         assert isinstance(place, torch.device)
         assert not isinstance("cuda", torch.device)
-        assert type(place) == torch.device  # noqa: E721: the spelling that scripts use
+        assert type(place) == torch.device  # the spelling that scripts use
         assert issubclass(type(place), torch.device)
         assert {type(place): 1}[torch.device] == 1
         assert (torch.device.__module__, torch.device.__name__) == ("torch", "device")
