@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -186,11 +187,28 @@ def check_description(folder: Path, wanted: dict[str, Any]) -> None:
 
 def load_checkpoint(folder: Path, state: TrainingState) -> int:
     """Continue from `folder`: weights, optimizer, learning rate. Returns the step that it was saved after."""
+    make_optimizer_state(state.optimizer)
     content = dist_checkpointing.load(sharded_state(state, step=0, is_loading=True), str(folder))
     state.model.load_state_dict(content["model"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.scheduler.load_state_dict(content["scheduler"])
     return content["step"]
+
+
+def make_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam do an empty step, so that the distributed optimizer has a state to load into.
+
+    Only needed where neither apex nor TransformerEngine is installed; the checkpoint overwrites all that the
+    step did. Source: megatron-core 0.16.1, DistributedOptimizer.state_dict() asserts that a step was done.
+    """
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = member.optimizer
+        if isinstance(member, DistributedOptimizer) and isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            for group in adam.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.zeros_like(param)
+            adam.step()
+            adam.zero_grad()
 
 
 def load_weights(folder: Path, state: TrainingState) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["ABSENT", "Act", "Journal", "Slot", "attribute", "key", "member"]
+__all__ = ["ABSENT", "Act", "Journal", "Slot", "attribute", "key", "key_itself", "member"]
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "absent"})()  # what a slot holds when it holds nothing
 
@@ -95,6 +95,23 @@ def key(box: dict[Any, Any], name: Any) -> Slot:
             dict.pop(box, name, None)
         else:
             dict.__setitem__(box, name, value)
+
+    return Slot(read, put)
+
+
+def key_itself(box: dict[Any, Any], name: Any) -> Slot:
+    """The key under which a dict keeps a value, at its place in the order."""
+    held = name
+
+    def read() -> Any:
+        return held if any(item is held for item in list(box)) else ABSENT
+
+    def put(new: Any) -> None:
+        nonlocal held
+        items = [(new if item is held else item, value) for item, value in box.items()]
+        box.clear()
+        box.update(items)
+        held = new
 
     return Slot(read, put)
 

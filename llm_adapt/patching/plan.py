@@ -146,9 +146,9 @@ class Plan:
         try:
             for write in writes:
                 self._put(write)
-            swaps = [write.swap for write in writes if write.swap is not None]
+            swaps = [write.swap for write in writes if write.has_copies]
             # Generators, since the search for holders would find a list of originals.
-            originals = (plain(write.place.original) for write in writes if in_scope(write.row.module))
+            originals = (write.swap.original for write in writes if in_scope(write.row.module))
             stuck = rebind(swaps, self._journal, ours=self._new, roots=originals)
             if is_late:
                 memory = (part for act in self._journal.acts for part in (act.old, *act.slot))
@@ -165,12 +165,12 @@ class Plan:
             self._written[write.row] = write
 
     def _put(self, write: Write) -> None:
-        self._new[id(plain(write.new))] = plain(write.new)
+        name = id(write.swap.new)
+        self._new[name] = write.swap.new
         if write.is_new:
-            swap = Swap(plain(write.place.original), plain(write.new), write.row)
-            known = self._stands_for.setdefault(id(swap.new), swap)
-            if known is None or known.original is not swap.original:
-                self._stands_for[id(swap.new)] = None
+            known = self._stands_for.setdefault(name, write.swap)
+            if known is None or known.original is not write.swap.original:
+                self._stands_for[name] = None
         try:
             self._journal.write(write.slot, write.old, write.new, write.row.target)
         except (AttributeError, TypeError) as error:
@@ -221,8 +221,8 @@ class Plan:
             log.warning("%s: %s", outcome.row.target, outcome.detail)
 
 
-def _result(row: Row, stuck: Iterable[Stuck]) -> Outcome:
-    places = dict.fromkeys(item.where for item in stuck if item.row is row)
+def _result(row: Row, stuck: list[Stuck]) -> Outcome:
+    places = dict.fromkeys(item.where for item in stuck if item.row is row) if stuck else ()
     if places:
         return Outcome(row, "stale", f"replaced, and these copies keep the original: {'; '.join(places)}")
     return Outcome(row, "applied")

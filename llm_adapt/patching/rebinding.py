@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import Field
 from typing import Any, NamedTuple
 
-from llm_adapt.patching.journal import Journal, Slot, attribute, key, member
+from llm_adapt.patching.journal import Journal, Slot, attribute, key, key_itself, member
 from llm_adapt.patching.places import namespace
 from llm_adapt.patching.rows import Row
 
@@ -161,12 +161,22 @@ class _Walker:
     def mapping(self, box: dict[Any, Any], depth: int) -> None:
         if depth and dict.__len__(box) > _MAX_MEMBERS:  # a module's own names (depth 0) are always looked at
             return
+        names = []
         for name, value in list(dict.items(box)):
             if id(value) in self.table or self.is_open(value):
                 self.visit(value, name if type(name) is str else "", depth, key, box, name)
-            swap = None if type(name) is str else self.table.get(id(name))
-            if swap is not None and not swap.alias and swap.new != swap.original:  # an equal one finds the old key
-                self.stuck.append(Stuck(swap.row, f"{self.module} has a dict with it as a key"))
+            if type(name) is not str and id(name) in self.table:
+                names.append(name)
+        for name in names:  # after the values, which are put back under the old names
+            if type(box) in (dict, defaultdict, OrderedDict):
+                self.visit(name, "", depth, key_itself, box, name)
+            else:
+                self.keep(name, f"{self.module} has it as a key of a {type(box).__qualname__}")
+
+    def keep(self, original: Any, where: str) -> None:
+        """Note a copy that cannot be replaced."""
+        if not self.table[id(original)].alias:
+            self.stuck.append(Stuck(self.table[id(original)].row, where))
 
     def items(self, box: Any, depth: int) -> None:
         for value in list(box) if len(box) <= _MAX_MEMBERS else ():

@@ -22,8 +22,9 @@ class Write(NamedTuple):
     place: Place
     slot: Slot
     old: Any
-    new: Any
-    swap: Swap | None = None  # which copies are to be replaced as well
+    new: Any  # as stored
+    swap: Swap  # the same without staticmethod and the like, as others may hold a copy
+    has_copies: bool = False  # copies of the original are to be replaced as well
     is_new: bool = False  # nobody has had the replacement before: a copy of it must come from the patch
 
     def stands(self, place: Place) -> bool:
@@ -48,18 +49,18 @@ def _patch(row: Patch, place: Place) -> Write:
             f"{row.target} was asked; {place.owner.__name__} inherits __new__, and Python cannot take a __new__ away "
             "again without breaking the class. Patch the class that defines it."
         )
-    new = row.new(None if original is ABSENT else plain(original)) if row.kind == "wrap" else row.new
+    bare = plain(original)
+    new = row.new(None if original is ABSENT else bare) if row.kind == "wrap" else row.new
     if isinstance(place.owner, type) and hasattr(type(original), "__set__") and isinstance(new, FunctionType):
         raise PatchError(f"{row.target} is a {type(original).__name__}; replace it by a property, not by a function.")
     is_new = has_identity(new) and not _is_at_home(new)
     _name_after(row, new)
-    new = like(original, new)
     # What a class inherits belongs to its base, whose copies are none of this row's business.
     old = original if place.is_own else ABSENT
-    alias = _alias(row, plain(original))
-    has_copies = row.rebind and old is not ABSENT and has_identity(plain(original)) and alias is not None
-    swap = Swap(plain(original), plain(new), row, alias or "") if has_copies else None
-    return Write(row, place, attribute(place.owner, place.name), old, new, swap, is_new)
+    alias = _alias(row, bare)
+    has_copies = row.rebind and alias is not None and old is not ABSENT and has_identity(bare)
+    swap = Swap(bare, plain(new), row, alias or "")
+    return Write(row, place, attribute(place.owner, place.name), old, like(original, new), swap, has_copies, is_new)
 
 
 def _alias(row: Patch, original: Any) -> str | None:
@@ -97,10 +98,10 @@ def _entry(row: Entry, place: Place) -> Write:
     box = place.original
     if isinstance(box, dict) and row.key is not None:
         slot = key(box, row.key)
-        return Write(row, place, slot, slot.read(), row.value)
+        return Write(row, place, slot, old := slot.read(), row.value, Swap(old, row.value, row))
     if isinstance(box, list) and row.key is None:
         slot = member(box, ABSENT, insert=lambda value: _insert(box, row))
-        return Write(row, place, slot, ABSENT, row.value)
+        return Write(row, place, slot, ABSENT, row.value, Swap(ABSENT, row.value, row))
     raise PatchError(
         f"{row.target} was asked as a {'list' if row.key is None else 'dict'}; found {type(box).__name__}. "
         "Give a key for a dict, and none for a list."

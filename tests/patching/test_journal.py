@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_adapt.patching.journal import ABSENT, Journal, Slot, attribute, key, member
+from llm_adapt.patching.journal import ABSENT, Journal, Slot, attribute, key, key_itself, member
 
 OLD, NEW, OTHER = (SimpleNamespace(name=name) for name in ("old", "new", "other"))
 
@@ -146,6 +146,19 @@ def test_keys_are_written_past_what_a_subclass_does() -> None:
     assert [*dict.items(box)] == [("a", OLD), ("b", NEW), ("c", OLD)]
     journal.reverse()
     assert [*dict.items(box)] == [("a", OLD), ("b", OLD), ("c", OLD)]
+
+
+@pytest.mark.parametrize("make", [dict, OrderedDict])
+def test_a_key_is_exchanged_where_it_stands(make: Any) -> None:
+    """A dict keyed by the object keeps its order and values, forth and back, also where others were added."""
+    box, journal = make([(1, "a"), (test_a_key_is_exchanged_where_it_stands, "b"), (3, "c")]), Journal()
+    journal.write(
+        key_itself(box, test_a_key_is_exchanged_where_it_stands), test_a_key_is_exchanged_where_it_stands, int
+    )
+    assert [*box.items()] == [(1, "a"), (int, "b"), (3, "c")]
+    box[4] = "d"
+    journal.reverse()
+    assert [*box.items()] == [(1, "a"), (test_a_key_is_exchanged_where_it_stands, "b"), (3, "c"), (4, "d")]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["module", "class", "dict", "list"]), st.sampled_from("abcd"))))

@@ -49,6 +49,12 @@ COPIES = {
     "class attribute of an inner class": ("import kit\nclass A:\n class B:\n  impl = kit.norm", "A.B.impl(1)"),
     "dict": ("import kit\nd = {'k': kit.norm}", "d['k'](1)"),
     "dict of a subclass": ("import kit, collections\nd = collections.OrderedDict(k=kit.norm)", "d['k'](1)"),
+    "key of a dict": ("import kit\nd = {1: 2, kit.norm: 3, 4: 5}", "[*d][1](1)"),
+    "key and value": ("import kit\nd = {kit.norm: {kit.norm: kit.norm}}", "[*[*d.values()][0].values()][0](1)"),
+    "key of an OrderedDict": (
+        "import kit, collections\nd = collections.OrderedDict([(kit.norm, 1), (2, 3)])",
+        "[*d][0](1)",
+    ),
     "list": ("import kit\nd = [0, kit.norm]", "d[1](1)"),
     "deque": ("import kit, collections\nd = collections.deque([kit.norm])", "d[0](1)"),
     "set": ("import kit\nd = {kit.norm}", "[*d][0](1)"),
@@ -268,7 +274,11 @@ def test_a_module_of_lazy_loader_sleeps_on() -> None:
 STUCK = {
     "base class": ("from kit import Layer\nclass Mine(Layer): pass", "Layer", "user.Mine is derived from it"),
     "instance": ("import kit\nx = kit.Layer()", "Layer", "instances of it were made before the patch"),
-    "dict key": ("import kit\nd = {kit.norm: 1}", "norm", "user has a dict with it as a key"),
+    "key of an unknown kind of dict": (
+        "import kit\nclass D(dict): pass\nd = D({kit.norm: 1})",
+        "norm",
+        "user has it as a key of a D",
+    ),
     "lru_cache": (
         "import functools, kit\nf = functools.lru_cache(kit.norm)",
         "norm",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import random
+import subprocess
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Iterator
@@ -231,3 +233,36 @@ def test_wrapped_functions_are_pickled_as_before(before: Snapshot, monkeypatch: 
         row.target for row, text in pickles.items() if text is not None and pickle.loads(text) is not attribute(row)
     ]
     assert (lost, other) == ([], [])
+
+
+def test_parts_of_torch_that_were_imported_while_patched_are_torchs_own_again() -> None:
+    """Modules that torch imports on demand copy replacements, also as keys; after unpatch() they hold none."""
+    code = """
+        import sys, torch, llm_adapt
+        from llm_adapt import session
+        llm_adapt.patch(device="cpu")
+        kept = [swap for swap in session._session.plan._stands_for.values() if swap is not None]
+        ours = {id(swap.new) for swap in kept}
+        before = set(sys.modules)
+        import torch.distributed._functional_collectives, torch.distributed._shard.sharded_tensor
+        import torch.distributed.tensor
+        new = [vars(sys.modules[name]) for name in set(sys.modules) - before if not name.startswith("llm_adapt")]
+
+        def copies(box, depth):
+            for name, value in list(box.items()):
+                yield from (item for item in (name, value) if id(item) in ours)
+                if type(value) in (list, tuple, set):
+                    value = dict(enumerate(value))
+                elif type(value) is type:
+                    value = dict(vars(value))
+                if type(value) is dict and depth:
+                    yield from copies(value, depth - 1)
+
+        assert sum(1 for box in new for _ in copies(box, 2)) > 10
+        llm_adapt.unpatch()
+        assert [copy for box in new for copy in copies(box, 2)] == []
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (result.returncode, result.stderr) == (0, "")

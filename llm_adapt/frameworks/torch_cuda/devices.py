@@ -136,7 +136,8 @@ def type_proxy(real: type, make: Callable[..., Any], home: str = "torch") -> Any
             return getattr(real, name)
 
         def __eq__(cls, other: Any) -> bool:
-            return other is cls or other is real
+            # Also the stand-in of an earlier patch(): torch keeps some tables of types for good.
+            return getattr(other, "__wrapped__", other) is real
 
         def __hash__(cls) -> int:
             return hash(real)

@@ -34,9 +34,19 @@ def _region(x: torch.Tensor) -> torch.Tensor:
 
 
 def _streams(x: torch.Tensor) -> torch.Tensor:
-    torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.default_stream())
     torch.cuda.synchronize()
     return x * 2
+
+
+def _side_stream(x: torch.Tensor) -> torch.Tensor:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        y = x * 2
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.device(1):
+        return y + torch.cuda.current_device()
 
 
 CODE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -117,6 +127,14 @@ def test_a_compiler_imported_late_knows_the_same(facade: Any) -> None:
     assert [function for function in ours if function in get_torch_obj_rule_map()] == []
 
 
+def test_compiled_code_may_break() -> None:
+    """Code with side streams and device contexts, which dynamo leaves to Python, computes when it is compiled."""
+    x = torch.arange(3.0)
+    assert torch.equal(torch.compile(_side_stream, backend="aot_eager")(x), _side_stream(x))
+    with torch.device("cuda"):
+        assert torch.compile(lambda x: x + torch.ones(3), backend="aot_eager")(x).tolist() == [1.0, 2.0, 3.0]
+
+
 def test_compiled_code_after_unpatch() -> None:
     """After unpatch() compiled code asks torch again."""
     compiled = torch.compile(lambda x: x * 2 if x.is_cuda else x, backend="aot_eager")
@@ -157,7 +175,7 @@ def test_trace() -> None:
 class Moves(torch.nn.Module):
     """A module that says cuda in every way."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):  # without hints: FX pickles hints as objects, and here they are text
         """Three times x, moved about."""
         zeros = torch.zeros(3, device=torch.device("cuda"))
         return x.to("cuda") + x.cuda() + x.cpu() + zeros + torch.zeros_like(x, device="cuda:1")
