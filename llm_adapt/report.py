@@ -26,7 +26,7 @@ class Line(NamedTuple):
     status: Status = "ok"
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """Everything patch() chose in this process, from detection to the last translated argument.
 

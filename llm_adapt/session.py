@@ -30,7 +30,7 @@ _TABLES = ("torch_cuda", "megatron")
 _STATUS: dict[str, Status] = {"waiting": "waiting", "skipped": "skipped", "stale": "problem"}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Session:
     """What unpatch() needs to put everything back.
 

@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_adapt.errors import SettingsError
 
@@ -29,8 +29,7 @@ class Settings:
     out: str | None = None
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One row of the table: how a value is read from text, and what it means."""
 
     name: str

@@ -105,7 +105,8 @@ class Plan:
             # Copies of the replacements, taken while they were in place, also by parts of torch imported since.
             known = [swap for swap in self._stands_for.values() if swap is not None and swap.original is not ABSENT]
             back = [Swap(swap.new, swap.original, swap.row) for swap in known]
-            stuck = rebind(back, Journal(), also=sys.modules.keys() - self._modules_before)
+            since = {name for name in sys.modules.keys() - self._modules_before if name[:9] != "llm_adapt"}
+            stuck = rebind(back, Journal(), also=since)
             lines += [f"{item.row.target} stays patched in a copy: {item.where}" for item in stuck]
             for memory in (self._written, self._new, self._stands_for):
                 memory.clear()
@@ -167,7 +168,7 @@ class Plan:
     def _put(self, write: Write) -> None:
         name = id(write.swap.new)
         self._new[name] = write.swap.new
-        if write.is_new:
+        if write.is_new or name in self._stands_for:
             known = self._stands_for.setdefault(name, write.swap)
             if known is None or known.original is not write.swap.original:
                 self._stands_for[name] = None

@@ -21,10 +21,11 @@ from llm_adapt.patching.rows import Row
 
 __all__ = ["Stuck", "Swap", "has_identity", "in_scope", "rebind"]
 
-# Modules of these packages keep their own copies: they implement the originals (torch), or never take one.
-_SKIPPED_PACKAGES = frozenset({"llm_adapt", "torch", "torchgen", "functorch", "numpy", "sympy"}) | frozenset(
-    sys.stdlib_module_names
-)
+# Modules of these packages keep their own copies: they implement the originals, or come with torch and take none.
+_SKIPPED_PACKAGES = sys.stdlib_module_names | {
+    *("llm_adapt", "torch", "torchgen", "functorch", "numpy", "sympy", "mpmath", "networkx"),
+    *("tqdm", "typing_extensions", "_distutils_hack"),
+}
 _MAX_MEMBERS = 10_000  # a larger container is data
 _MAX_DEPTH = 5
 _KEEP: Any = object()
@@ -70,7 +71,9 @@ def rebind(
     """
     walker = _Walker({id(swap.original): swap for swap in swaps}, journal, ours, also)
     for name, module in list(sys.modules.items()) if walker.table else ():
-        if issubclass(type(module), types.ModuleType) and walker.in_scope(name):
+        if name.partition(".")[0] in _SKIPPED_PACKAGES and name not in also:  # as in_scope, without a call
+            continue
+        if issubclass(type(module), types.ModuleType):
             walker.module = name
             walker.mapping(namespace(module), depth=0)
     walker.module = "an original"
@@ -79,11 +82,9 @@ def rebind(
     return walker.stuck
 
 
-@functools.cache
 def in_scope(module_name: str) -> bool:
     """Whether the copies that a module holds are replaced."""
-    package = module_name.partition(".")[0]
-    return package == "__main__" or package not in _SKIPPED_PACKAGES
+    return module_name.partition(".")[0] not in _SKIPPED_PACKAGES
 
 
 def has_identity(original: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,35 +10,6 @@ import pytest
 from llm_adapt.errors import PatchError
 from llm_adapt.patching import Entry, Patch, Plan
 from tests.patching.toys import ToyFinder, applied, load, louder, statuses, toys, wrap
-
-SOURCES = {
-    "toy": "__version__ = '3.1'",
-    "toy.ops": """
-        def norm(x): return ('norm', x)
-        def scale(x): return ('scale', x)
-        table = {'a': 1}
-        order = [10, 30]
-        class Layer:
-            size = 4
-            def forward(self): return ('forward', self.size)
-            @staticmethod
-            def kernel(x): return ('kernel', x)
-            @classmethod
-            def build(cls): return cls.__name__
-            @property
-            def width(self): return 10
-        class Deep(Layer): pass
-    """,
-    "toy.late": "from toy.ops import norm\ndef use(): return norm(1)",
-}
-
-
-@pytest.fixture
-def toy() -> Iterator[ToyFinder]:
-    """The toy package, not imported yet."""
-    with toys(SOURCES) as finder:
-        yield finder
-
 
 # -- kinds of rows -----------------------------------------------------------------------------------------
 
@@ -270,101 +240,6 @@ def test_a_failure_at_an_import_fails_that_import_and_nothing_else(toy: ToyFinde
         assert (ops.norm(1), ops.table) == (("loud", ("norm", 1)), {"a": 1})
         plan.undo()
         assert ops.norm(1) == ("norm", 1)
-
-
-# -- undo --------------------------------------------------------------------------------------------------
-
-
-def test_a_later_patch_of_somebody_else_is_left_alone_and_told(
-    toy: ToyFinder, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Undo takes back what the plan wrote, not what the user has put over it; what that used is the original."""
-    ops = load("toy.ops")
-    plan = applied(wrap("toy.ops:norm"), wrap("toy.ops:scale"))
-    ours, ops.norm = ops.norm, lambda x: ("user", ours(x))
-    (line,) = plan.undo()
-    assert line.startswith("toy.ops:norm was replaced by another after the patch")
-    assert line in caplog.text
-    assert (ops.norm(1), ops.scale(1)) == (("user", ("norm", 1)), ("scale", 1))
-
-
-def test_undo_twice_is_undo_once(toy: ToyFinder) -> None:
-    """A second undo does nothing; a plan that was undone ignores imports."""
-    plan = applied(wrap("toy.ops:norm"))
-    plan.undo()
-    assert plan.undo() == []
-    assert load("toy.ops").norm(1) == ("norm", 1)
-
-
-def test_copies_taken_while_patched_are_put_back(toy: ToyFinder) -> None:
-    """`from module import name` after the patch holds a replacement, and the original after undo."""
-    plan = applied(wrap("toy.ops:norm"), wrap("toy.ops:Layer.kernel"))
-    with toys({"user": "from toy.ops import norm, Layer\nclass Mine: impl = norm\ntable = {'k': Layer.kernel}"}):
-        user, ops = load("user"), load("toy.ops")
-        assert user.norm is ops.norm
-        assert user.norm(1) == ("loud", ("norm", 1))
-        plan.undo()
-        assert (user.norm, user.Mine.impl, user.table["k"]) == (ops.norm, ops.norm, ops.Layer.kernel)
-        assert user.norm(1) == ("norm", 1)
-
-
-def test_a_replacement_that_is_everybodys_is_not_taken_for_a_copy(toy: ToyFinder) -> None:
-    """A user's own reference to a public function survives, though that function stood in for another."""
-    with toys({"public": "def f(x): return x", "user": "from public import f"}):
-        f, user, ops = load("public").f, load("user"), load("toy.ops")
-        plan = applied(Patch("toy.ops:norm", f, "why"))
-        assert ops.norm is f
-        plan.undo()
-        assert (ops.norm is f, user.f is f) == (False, True)
-
-
-def test_one_replacement_for_two_originals_does_not_mix_them_up(toy: ToyFinder) -> None:
-    """Each target gets its own original back."""
-    ops = load("toy.ops")
-    norm, scale, nothing = ops.norm, ops.scale, lambda x: None
-    plan = applied(Patch("toy.ops:norm", nothing, "why"), Patch("toy.ops:scale", nothing, "why"))
-    plan.undo()
-    assert (ops.norm, ops.scale) == (norm, scale)
-
-
-# -- modules that come more than once ----------------------------------------------------------------------
-
-
-def test_a_reloaded_module_is_patched_anew_and_restored_to_its_new_self(toy: ToyFinder) -> None:
-    """After importlib.reload the new function is wrapped, once, and undo brings that one back, without a word."""
-    import importlib
-
-    ops = load("toy.ops")
-    plan = applied(wrap("toy.ops:norm"), Entry("toy.ops:table", 2, "why", key="a"))
-    importlib.reload(ops)
-    assert (ops.norm(1), ops.table) == (("loud", ("norm", 1)), {"a": 2})
-    assert plan.undo() == []
-    assert (ops.norm(1), ops.table) == (("norm", 1), {"a": 1})
-
-
-def test_a_module_that_is_imported_again_is_patched_again(toy: ToyFinder) -> None:
-    """A module that was dropped from sys.modules gets its rows as a new one; both are restored."""
-    import sys
-
-    first, plan = load("toy.ops"), applied(wrap("toy.ops:norm"))
-    del sys.modules["toy.ops"]
-    second = load("toy.ops")
-    assert first is not second
-    assert (first.norm(1), second.norm(1)) == (("loud", ("norm", 1)),) * 2
-    plan.undo()
-    assert (first.norm(1), second.norm(1)) == (("norm", 1),) * 2
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_a_row_on_a_copy_wraps_the_original_once(toy: ToyFinder, early: bool) -> None:
-    """A target that its module copies from another target is wrapped once, whichever was there first."""
-    if early:
-        load("toy.late")
-    plan = applied(wrap("toy.ops:norm"), wrap("toy.late:norm"))
-    late, ops = load("toy.late"), load("toy.ops")
-    assert (late.norm(1), ops.norm(1)) == (("loud", ("norm", 1)),) * 2
-    plan.undo()
-    assert (late.norm is ops.norm, late.norm(1)) == (True, ("norm", 1))
 
 
 # -- what is reported --------------------------------------------------------------------------------------
