@@ -96,17 +96,6 @@ def _original(row: Row) -> tuple[str, Any] | None:
     return None if found is None else (row.target, found)
 
 
-def _fill_tables() -> None:
-    """Have dynamo fill its tables of torch's functions and classes before any row is written.
-
-    Ours are then inlined as the user's code. Filled later, the tables would hold ours as torch's own, and refuse
-    them. (Importing dynamo takes two seconds; the first optimizer of a script would import it anyway.)
-    """
-    get_torch_obj_rule_map()
-    for name in ("_constant_fold_classes", "_in_graph_classes"):
-        getattr(UserDefinedClassVariable, name, tuple)()
-
-
 def _answer(
     original: Callable[..., Any], translate: DeviceTranslator, is_told: IsTold, told: Callable[[Any, Any], Any]
 ) -> Callable[..., Any]:

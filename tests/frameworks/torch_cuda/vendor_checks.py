@@ -1,6 +1,6 @@
 """Checks of the facade on a vendor's device, run by test_vendor_translation.py in a process with a fake plug-in.
 
-    python vendor_checks.py npu     prints one JSON object: name of the check -> "" or the traceback
+python vendor_checks.py npu     prints one JSON object: name of the check -> "" or the traceback
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def raises(kind: type[BaseException], text: str, act: Any) -> None:
     try:
         act()
     except kind as error:
-        assert text in str(error), f"{text!r} is not in {error}"
+        assert text in str(error), f"{text!r} is not in {error}"  # noqa: PT017 - this file runs without pytest
     else:
         raise AssertionError(f"{kind.__name__} was not raised")
 
@@ -222,7 +222,7 @@ def main(vendor: str, *names: str) -> None:
             outcomes[name] = ""
         except SkipCheck as reason:
             outcomes[name] = f"skip: {reason}"
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the text of the failure is the outcome
             outcomes[name] = traceback.format_exc()
     print(json.dumps(outcomes))
 
