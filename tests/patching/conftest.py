@@ -8,6 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.patching.toys import ToyFinder, toys
+
+SOURCES = {
+    "toy": "__version__ = '3.1'",
+    "toy.ops": """
+        def norm(x): return ('norm', x)
+        def scale(x): return ('scale', x)
+        table = {'a': 1}
+        order = [10, 30]
+        class Layer:
+            size = 4
+            def forward(self): return ('forward', self.size)
+            @staticmethod
+            def kernel(x): return ('kernel', x)
+            @classmethod
+            def build(cls): return cls.__name__
+            @property
+            def width(self): return 10
+        class Deep(Layer): pass
+    """,
+    "toy.late": "from toy.ops import norm\ndef use(): return norm(1)",
+}
+
 
 @pytest.fixture
 def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -19,3 +42,10 @@ def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__spec__", "")):
             del sys.modules[name]
+
+
+@pytest.fixture
+def toy() -> Iterator[ToyFinder]:
+    """The toy package, not imported yet."""
+    with toys(SOURCES) as finder:
+        yield finder
