@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 __all__ = ["GroupCache"]
 
-_GLOO = ("gloo", "cpu:gloo", "undefined")  # undefined: chosen by torch, which on the CPU chooses gloo
+# What all is gloo for tensors of the CPU. undefined: torch chooses, and chooses gloo.
+_GLOO = ("gloo", "cpu:gloo", "undefined")
 
 
 class GroupCache:
@@ -74,12 +75,11 @@ class GroupCache:
     @staticmethod
     def _key(asked: dict[str, Any]) -> Hashable:
         """What two requests must agree on to share, alike on every rank; None for a group that is not shared."""
-        backend = asked["backend"] or dist.get_backend()
-        if backend not in _GLOO or asked["pg_options"] is not None:
+        if (asked["backend"] or dist.get_backend()) not in _GLOO or asked["pg_options"] is not None:
             return None
         ranks = asked["ranks"]
         ranks = list(range(dist.get_world_size())) if ranks is None else list(ranks)
         if asked.get("sort_ranks", True):
             ranks.sort()
         # Whether non-members take part in the creation must match, or one side would wait for the other.
-        return tuple(ranks), backend, asked["timeout"], asked.get("use_local_synchronization", False)
+        return tuple(ranks), asked["timeout"], asked.get("use_local_synchronization", False)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_adapt.adapters import adapters
+from llm_adapt.errors import CommError
 from llm_adapt.parallel.backends import NcclOptions, ProcessGroupNCCL, translate_backend
 
 
@@ -25,6 +26,26 @@ def test_both_parts_of_a_hybrid_backend():
     assert translate_backend("cpu:gloo,cuda:nccl", adapters()["npu"]) == "cpu:gloo,npu:hccl"
     assert translate_backend("cpu:gloo,cuda:nccl", adapters()["mlu"]) == "cpu:gloo,mlu:cncl"
     assert translate_backend("cpu:gloo,cuda:nccl", adapters()["cpu"]) == "cpu:gloo"
+
+
+@pytest.mark.parametrize("backend", ["cpu:mpi,cuda:nccl", "cuda:nccl,cpu:mpi", "cuda:NCCL,cpu:gloo", "cuda:nccl"])
+def test_cuda_s_part_decides_on_the_cpu(backend):
+    """Where both parts are the CPU's, cuda's decides, in whatever order they stand: that is where the tensors are."""
+    assert translate_backend(backend, adapters()["cpu"]) == "cpu:gloo"
+
+
+def test_a_device_stands_once():
+    """A backend that names one device with two libraries is refused, with the device."""
+    with pytest.raises(CommError, match="cpu stands there twice"):
+        translate_backend("cpu:gloo,cpu:mpi,cuda:nccl", adapters()["npu"])
+
+
+@given(st.lists(st.sampled_from(["cpu:gloo", "cuda:nccl", "xpu:xccl", "meta:fake"]), min_size=1, unique=True))
+def test_every_other_part_stays(parts):
+    """Of a hybrid backend only cuda's part changes, whatever stands beside it."""
+    found = translate_backend(",".join(parts), adapters()["npu"]).split(",")
+    expected = ["npu:hccl" if part == "cuda:nccl" else part for part in parts]
+    assert sorted(found) == sorted(expected)
 
 
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1))
