@@ -99,6 +99,7 @@ class DeviceTranslator:
         match = _CUDA.match(text)
         if match is not None:
             return current() if match[1] is None else self._checked(int(match[1]))
+        # On the CPU also the word "cpu": str(tensor.device) is what a script that is right on CUDA passes here.
         if text.partition(":")[0] == self.target:
             return current() if ":" not in text or self.is_host else self._checked(int(text.partition(":")[2]))
         raise DeviceError(f"A CUDA device was expected; found {value!r}. Pass 'cuda', 'cuda:N' or an ordinal.")
