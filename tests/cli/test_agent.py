@@ -39,7 +39,9 @@ if __name__ == "__main__":
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     total = torch.full((1,), rank + 1.0, device="cuda")
     dist.all_reduce(total)
-    print("rank", rank, "of", dist.get_world_size(), "device", torch.cuda.current_device(), "sum", total.item())
+    # One write: Python runs with -u, where print() writes each of its arguments by itself, and ranks interleave.
+    device = torch.cuda.current_device()
+    sys.stdout.write(f"rank {rank} of {dist.get_world_size()} device {device} sum {total.item()}\\n")
     if rank == 0:
         queue = mp.get_context("spawn").SimpleQueue()
         process = mp.get_context("spawn").Process(target=child, args=(queue,))

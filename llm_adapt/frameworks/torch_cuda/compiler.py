@@ -71,7 +71,7 @@ def _tables(originals: dict[str, Any]) -> list[Row]:
         return functools.wraps(original)(lambda name: dotted[name] if name in dotted else original(name))
 
     def handlers(original: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:
-        return functools.cache(lambda: with_originals(original()))
+        return functools.cache(functools.wraps(original)(lambda: with_originals(original())))
 
     return [
         Patch("torch._dynamo.trace_rules:load_object", load, why, kind="wrap"),
