@@ -18,7 +18,15 @@ import torch.distributed as dist
 
 from llm_adapt.errors import CommError
 
-__all__ = ["bytewise", "flat_gather", "flat_scatter", "premultiplied", "premultiplied_reduce", "uncoalesced"]
+__all__ = [
+    "bytewise",
+    "flat_gather",
+    "flat_scatter",
+    "pending_send",
+    "premultiplied",
+    "premultiplied_reduce",
+    "uncoalesced",
+]
 
 _BYTE_FLOATS = frozenset(
     getattr(torch, name)
@@ -112,6 +120,26 @@ def bytewise(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*map(_as_bytes, args), **{name: _as_bytes(value) for name, value in kwargs.items()})
 
     return move
+
+
+def pending_send(original: Callable[..., Any]) -> Callable[..., Any]:
+    """isend of a handle of its own on the tensor's memory; float8 as bytes.
+
+    gloo reads the memory when the receiver is ready, and keeps the tensor object until then, not its memory. Megatron's
+    interleaved pipeline schedule frees what it is sending by `tensor.data = torch.empty(1)`, which the allocator of
+    CUDA delays: gloo would send what has taken the place since.
+
+    Workaround: gloo-pending-send
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def isend(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.arguments["tensor"] = _as_bytes(call.arguments["tensor"]).detach()
+        return original(*call.args, **call.kwargs)
+
+    return isend
 
 
 def _as_bytes(value: Any) -> Any:

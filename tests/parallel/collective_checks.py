@@ -182,6 +182,26 @@ def float8(rank: int, size: int) -> None:
 
 
 @check
+def memory_of_a_pending_send(rank: int, size: int) -> None:
+    """A sender may give its tensor other memory while the send is pending, as Megatron's pipeline schedules do."""
+    numel = 2**22  # more than the sockets hold, so that the send is pending until the receiver asks
+    x = ones(numel)
+    if rank == 0:
+        sends = [dist.isend(x, 1), dist.isend(tensor=(y := ones(numel)), dst=1)]
+        x.data, y.data = torch.empty(1), torch.empty(1)
+        others = [torch.full((numel,), float("nan")) for _ in range(4)]
+        dist.send(ones(1), 1, group=dist.group.WORLD, tag=7)
+        for send in sends:
+            send.wait()
+        del others
+    else:
+        dist.recv(ones(1), 0, tag=7)
+        for _ in range(2):
+            dist.recv(x.zero_(), 0)
+            assert torch.equal(x, torch.ones(numel))
+
+
+@check
 def point_to_point(rank: int, size: int) -> None:
     """batch_isend_irecv exchanges tensors of the device."""
     x, y = ones(3) * rank, torch.empty(3, device="cuda")

@@ -72,10 +72,11 @@ def _groups(context: Context, arguments: Wrap) -> list[Row]:
         "all_gather_into_tensor": collectives.flat_gather,
         "_coalescing_manager": collectives.uncoalesced,
         **dict.fromkeys(("all_gather", "broadcast", "all_to_all_single", "all_to_all"), collectives.bytewise),
-        **dict.fromkeys(("gather", "scatter", "send", "recv", "isend", "irecv"), collectives.bytewise),
+        **dict.fromkeys(("gather", "scatter", "send", "recv", "irecv"), collectives.bytewise),
+        "isend": collectives.pending_send,
     }
     for name, wrap in lacking.items():
-        found += _everywhere(name, wrap, "PREMUL_SUM, float8, flat shapes and coalescing on gloo")
+        found += _everywhere(name, wrap, "PREMUL_SUM, float8, flat shapes, coalescing and pending sends on gloo")
     return found
 
 
