@@ -35,12 +35,14 @@ class Report:
         versions: distribution -> installed version, "absent" when not installed.
         recorded: the choices that were made once, in their order.
         sources: asked anew for their lines at each look, since their choices change as the script imports.
+        parts: further parts of the JSON, asked anew likewise: name -> function that gives plain data.
     """
 
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     recorded: list[Line] = field(default_factory=list)
     sources: list[Callable[[], Iterable[Line]]] = field(default_factory=list)
+    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
     _seen: dict[tuple[str, str], object] = field(default_factory=dict, repr=False)
 
     @property
@@ -68,6 +70,7 @@ class Report:
             "device": self.device,
             "versions": self.versions,
             "choices": [line._asdict() for line in self.lines],
+            **{name: part() for name, part in self.parts.items()},
         }
 
     def to_json(self) -> str:

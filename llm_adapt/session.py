@@ -58,6 +58,8 @@ def patch(
     strict: bool | None = None,
     cpu_devices: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    ops: str | os.PathLike[str] | None = None,
+    proof: str | None = None,
 ) -> Report:
     """Make this process run CUDA-written code on the device that is here.
 
@@ -69,6 +71,8 @@ def patch(
         strict: every reported skip or mismatch becomes an error (LLM_ADAPT_STRICT).
         cpu_devices: how many CUDA ordinals the CPU presents (LLM_ADAPT_CPU_DEVICES).
         out: folder that receives the report as JSON at unpatch() or the end of the process (LLM_ADAPT_OUT).
+        ops: which kernel library serves which op, as text or the path of a TOML file (LLM_ADAPT_OPS; docs/ops.md).
+        proof: when kernels are proved: "off", "first", "strict" or "sample:N" (LLM_ADAPT_PROOF).
 
     Returns:
         The report: what was chosen, and why. It grows as the script imports and calls more.
@@ -78,11 +82,11 @@ def patch(
         DeviceError: no such device, the device is not here, or two devices are and none was chosen.
         PatchError: already patched with other arguments, another tool has taken over, or a row does not resolve.
     """
-    arguments: dict[str, Any] = {"device": device, "strict": strict, "cpu_devices": cpu_devices, "out": out}
+    arguments: dict[str, Any] = {
+        "device": device, "strict": strict, "cpu_devices": cpu_devices, "out": out, "ops": ops, "proof": proof
+    }  # fmt: skip
     with _lock:
-        settings = resolve(**arguments)
-        if settings.out is not None:  # the script may change its folder
-            settings = replace(settings, out=os.path.abspath(settings.out))
+        settings = _with_whole_paths(resolve(**arguments))
         if _session is None:
             return _open(settings, "LLM_ADAPT_DEVICE" if device is None else "patch(device=...)").context.report
         active = replace(_session.settings, device=_session.context.adapter.name)
@@ -94,6 +98,15 @@ def patch(
                 f"patch({asked}) was asked; this process is patched with {active}. Call llm_adapt.unpatch() first."
             )
         return _session.context.report
+
+
+def _with_whole_paths(settings: Settings) -> Settings:
+    """The settings with absolute paths: the script may change its folder."""
+    if settings.out is not None:
+        settings = replace(settings, out=os.path.abspath(settings.out))
+    if settings.ops is not None and settings.ops.endswith(".toml"):
+        settings = replace(settings, ops=os.path.abspath(settings.ops))
+    return settings
 
 
 def _open(settings: Settings, requested_by: str) -> _Session:
@@ -126,6 +139,7 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     coexistence.check_active(context)  # again: a plug-in may start a tool of its vendor
     versions = adapter.versions()
     report.versions = {name: "absent" for name in adapter.version_sources} | versions
+    policy = _policy(settings, adapter)  # before anything is written: it may be refused
     rows = [
         row
         for table in _TABLES
@@ -134,7 +148,41 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     plan = Plan(rows, strict=settings.strict, before_import=coexistence.on_import(context))
     plan.apply()
     report.sources.append(lambda: _lines(plan))
+    _put_in_force(policy, report)
     return context, plan
+
+
+def _policy(settings: Settings, adapter: DeviceAdapter) -> Any:
+    """Who may serve which op: the device's own order of kernel libraries, then what the user says."""
+    from llm_adapt.ops.dispatch.policy import Policy, parse_policy, parse_proof
+
+    return Policy(
+        **{"order": adapter.kernel_libraries} | (parse_policy(settings.ops) if settings.ops else {}),
+        proof=parse_proof(settings.proof),
+        strict=settings.strict,
+        cases="" if settings.out is None else os.path.join(settings.out, "cases"),
+    )
+
+
+def _put_in_force(policy: Any, report: Report) -> None:
+    from llm_adapt.ops.dispatch.in_force import start_over
+    from llm_adapt.ops.dispatch.receipt import policy_text, receipt
+
+    start_over(policy)
+    report.add("ops", "policy", policy_text(), f"kernels are proved: {policy.proof.words}")
+    report.sources.append(_op_lines)
+    report.parts["ops"] = receipt
+
+
+def _op_lines() -> Iterator[Line]:
+    """One line for each kind of call that an op served; a quarantined kernel is a problem."""
+    from llm_adapt.ops.dispatch.receipt import receipt
+
+    for row in receipt():
+        subject = " ".join(part for part in (row["op"], row["variant"], row["dtype"], row["layer"]) if part)
+        refusals = "; ".join(f"{library}: {reason}" for library, reason in row["refusals"].items())
+        reason = f"{row['reason']}{', ' + refusals if refusals else ''}; {row['calls']} calls"
+        yield Line("op", subject, row["library"], reason, "problem" if "quarantine" in row else "ok")
 
 
 def _lines(plan: Plan) -> Iterator[Line]:
@@ -171,7 +219,15 @@ def unpatch() -> None:
         finally:
             session, _session = _session, None
             session.plan.undo()
+            _take_policy_back()
             _put_back(session.environment)
+
+
+def _take_policy_back() -> None:
+    from llm_adapt.ops.dispatch.in_force import start_over
+    from llm_adapt.ops.dispatch.policy import Policy
+
+    start_over(Policy())
 
 
 @contextlib.contextmanager

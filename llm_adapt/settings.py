@@ -27,6 +27,8 @@ class Settings:
     strict: bool = False
     cpu_devices: int | None = None
     out: str | None = None
+    ops: str | None = None
+    proof: str = "first"
 
 
 class Setting(NamedTuple):
@@ -61,6 +63,15 @@ def _count(raw: str) -> int:
     return number
 
 
+def _proof(raw: str) -> str:
+    word, _, number = raw.strip().partition(":")
+    if word not in ("off", "first", "strict") and not (word == "sample" and number.isdigit() and int(number) > 0):
+        raise ValueError("unknown")
+    if number and word != "sample":
+        raise ValueError("takes no number")
+    return raw.strip()
+
+
 SETTINGS: dict[str, Setting] = {
     row.name: row
     for row in (
@@ -71,6 +82,15 @@ SETTINGS: dict[str, Setting] = {
             "How many CUDA ordinals the CPU presents; default: LOCAL_WORLD_SIZE, else 1.",
         ),
         Setting("out", _text, "a folder", "Folder that receives report.json (report.rankN.json for N > 0) at exit."),
+        Setting(
+            "ops", _text, "OP=LIBRARY, -LIBRARY, order=A>B, ..., or the path of a TOML file",
+            "Which kernel library serves which op (docs/ops.md); default: the device's own order.",
+        ),
+        Setting(
+            "proof", _proof, "off, first, strict or sample:N",
+            "When a kernel is proved against the reference: never, before it first serves, so with a failure as an "
+            "error, or again at each N-th call.",
+        ),
     )
 }  # fmt: skip
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llm_adapt.errors import SettingsError
 from llm_adapt.settings import SETTINGS, Settings, read_environment, resolve
 
-TEXTS = {"device": "npu", "strict": "1", "cpu_devices": "8", "out": "runs/a"}
-VALUES = {"device": "npu", "strict": True, "cpu_devices": 8, "out": "runs/a"}
+TEXTS = {"device": "npu", "strict": "1", "cpu_devices": "8", "out": "runs/a", "ops": "-apex", "proof": "sample:9"}
+VALUES = {"device": "npu", "strict": True, "cpu_devices": 8, "out": "runs/a", "ops": "-apex", "proof": "sample:9"}
 
 
 def test_the_table_has_every_field_and_nothing_else() -> None:

@@ -1,0 +1,143 @@
+"""Call: what a kernel may know of a call when it says whether it can serve it. Facts, never values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Call", "TensorFacts", "UnknownShapeError", "describe", "facts", "same"]
+
+_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+class UnknownShapeError(Exception):
+    """A shape was asked of a call that is being compiled; the kernel that asks is not used there."""
+
+
+class TensorFacts(NamedTuple):
+    """What a kernel may know of one tensor.
+
+    Attributes:
+        sizes: its shape; None while code is compiled, where shapes may be symbols.
+        is_plain: a torch.Tensor or Parameter, no subclass such as DTensor.
+    """
+
+    sizes: torch.Size | None
+    dtype: torch.dtype
+    device: str
+    needs_grad: bool
+    is_contiguous: bool
+    is_plain: bool
+    type_name: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape. Raises UnknownShapeError while code is compiled."""
+        if self.sizes is None:
+            raise UnknownShapeError
+        return self.sizes
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __str__(self) -> str:
+        sizes = "?" if self.sizes is None else "x".join(map(str, self.sizes)) or "scalar"
+        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def facts(tensor: torch.Tensor) -> TensorFacts:
+    """The facts of one tensor."""
+    return TensorFacts(
+        tensor.shape,
+        tensor.dtype,
+        tensor.device.type,
+        tensor.requires_grad,
+        tensor.is_contiguous(),
+        type(tensor) in _TENSOR_TYPES,
+        type(tensor).__name__,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: the facts of its tensors, and the values of its other arguments.
+
+    Attributes:
+        op: name of the op.
+        tensors: argument -> facts; arguments that are None are absent. Of a list of tensors: name[0], name[1] ...
+        options: argument -> value, defaults filled in, tensors left out.
+        given: names of the arguments that differ from their default.
+        is_inference: inside torch.inference_mode(): no gradient will ever be asked of the result.
+        is_transformed: inside a functorch transform (vmap, grad, jvp).
+        is_compiling: torch.compile is tracing; shapes are unknown.
+        is_deterministic: torch.use_deterministic_algorithms(True).
+        layer: qualified name of the module that calls, "" when it is not known.
+    """
+
+    op: str
+    tensors: Mapping[str, TensorFacts]
+    options: Mapping[str, Any]
+    given: frozenset[str]
+    is_inference: bool = False
+    is_transformed: bool = False
+    is_compiling: bool = False
+    is_deterministic: bool = False
+    layer: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        """The facts of a tensor, or the value of an option, by the argument's name; None for an absent tensor."""
+        if name in self.tensors:
+            return self.tensors[name]
+        if name in self.options:
+            return self.options[name]
+        raise AttributeError(f"op {self.op} has no argument {name!r}")
+
+    @property
+    def device(self) -> str:
+        """Device type of the first tensor; "" for a call without tensors."""
+        return next((tensor.device for tensor in self.tensors.values()), "")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the first floating-point tensor; None where there is none."""
+        return next((t.dtype for t in self.tensors.values() if t.dtype.is_floating_point), None)
+
+    @property
+    def variant(self) -> str:
+        """The options that differ from their default, as text: "eps=1e-05, form='gemma'"."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name in self.given)
+
+    def __str__(self) -> str:
+        parts = [f"{name} {tensor}" for name, tensor in self.tensors.items()]
+        return f"{self.op}({', '.join(parts + ([self.variant] if self.variant else []))}) on {self.device or '?'}"
+
+
+def describe(op: str, signature: inspect.Signature, arguments: Mapping[str, Any], **state: Any) -> Call:
+    """The call of an op with these arguments (defaults filled in)."""
+    tensors: dict[str, TensorFacts] = {}
+    options: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = facts(value)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            tensors.update({f"{name}[{index}]": facts(item) for index, item in enumerate(value)})
+        else:
+            options[name] = value
+    parameters = signature.parameters
+    given = frozenset(
+        name
+        for name, value in arguments.items()
+        if name in tensors or f"{name}[0]" in tensors or not same(value, parameters[name].default)
+    )
+    return Call(op, tensors, options, given, **state)
+
+
+def same(value: Any, default: Any) -> bool:
+    """Whether an option has its default value; True is not 1."""
+    return value is default or (type(value) is type(default) and bool(value == default))

@@ -1,0 +1,68 @@
+"""Choice: who serves a kind of call and why, and what every kernel is refused for, whatever it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_adapt.ops.dispatch.call import Call, UnknownShapeError
+from llm_adapt.ops.dispatch.proof import Verdict
+from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
+
+__all__ = ["Choice", "proof_kind", "refusal"]
+
+
+@dataclass
+class Choice:
+    """Who serves a kind of call, and why.
+
+    Attributes:
+        library: the kernel's library, or "reference".
+        reason: one line.
+        refusals: library -> why it does not serve, in the order in which they were asked.
+        verdict: of the proof, None when there was none.
+    """
+
+    library: str
+    reason: str
+    refusals: dict[str, str] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+
+def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
+    """Why a kernel may not serve a call, whatever it computes; "" when it may."""
+    dropped = sorted(call.given - kernel.honours)
+    if dropped:
+        return f"does not honour {', '.join(dropped)}"
+    if any(not tensor.is_plain for tensor in call.tensors.values()):
+        kinds = {tensor.type_name for tensor in call.tensors.values() if not tensor.is_plain}
+        return f"takes plain tensors, not {', '.join(sorted(kinds))}"
+    if op.differentiable != () and not call.is_inference:
+        if not kernel.has_backward:
+            return "has no backward; serves in torch.inference_mode() only"
+        if kernel.inference_only:
+            return "serves in torch.inference_mode() only"
+    if call.is_transformed and not kernel.functorch:
+        return "does not serve inside vmap, grad and jvp"
+    if call.is_deterministic and not kernel.deterministic:
+        return "is not deterministic, which torch.use_deterministic_algorithms asks for"
+    if call.is_compiling and not kernel.compilable:
+        return "cannot be traced by torch.compile"
+    try:
+        return kernel.refuses(call) or ""
+    except UnknownShapeError:
+        return "decides by shapes, which are unknown while code is compiled"
+
+
+def proof_kind(call: Call, op: FusedOp) -> Any:
+    """What a proof holds for: the call with its long axes counted in powers of two, and as multiples of 16 or not."""
+
+    def coarse(size: int) -> Any:
+        return size if size <= 16 else (size.bit_length(), size % 16 == 0)
+
+    tensors = tuple(
+        (name, t.dtype, t.device, tuple(map(coarse, t.shape[:-1])), t.shape[-1:], t.is_contiguous)
+        for name, t in call.tensors.items()
+    )
+    options = tuple((name, value) for name, value in call.options.items() if name not in op.dynamic)
+    return tensors, options, call.is_inference

@@ -1,0 +1,307 @@
+"""Dispatcher: chooses a kernel for a new kind of call, has it proved, and binds it; keeps what the receipt tells."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from llm_adapt.errors import KernelError
+from llm_adapt.ops.dispatch import registry
+from llm_adapt.ops.dispatch.call import Call, TensorFacts, describe, same
+from llm_adapt.ops.dispatch.calling import outside_autocast, positional
+from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
+from llm_adapt.ops.dispatch.entry import make_entry
+from llm_adapt.ops.dispatch.in_force import dispatchers, lock, policy_in_force
+from llm_adapt.ops.dispatch.policy import Policy
+from llm_adapt.ops.dispatch.proof import Verdict, apart, prove
+from llm_adapt.ops.dispatch.registry import REFERENCE, FusedOp, Kernel
+
+__all__ = ["Binding", "Dispatcher", "dispatcher_of", "fused_op"]
+
+log = logging.getLogger("llm_adapt")
+P = ParamSpec("P")
+R = TypeVar("R")
+_MOST_KEYS = 8192  # of one op; then all are forgotten and found anew, which costs microseconds each
+
+
+class Binding:
+    """A kernel bound to a kind of call, and how often it was called (by several threads at once: about).
+
+    Attributes:
+        call: takes all of the op's arguments by position.
+        example: facts of the first such call.
+        calls: how often it was called; of compiled code, how often it was traced.
+    """
+
+    __slots__ = ("call", "calls", "choice", "example")
+
+    def __init__(self, call: Callable[..., Any], choice: Choice, example: Call) -> None:
+        self.call, self.choice, self.example, self.calls = call, choice, example, 0
+
+
+class Dispatcher:
+    """Everything about one op that changes: its bindings, its proofs, its quarantined kernels."""
+
+    def __init__(self, op: FusedOp, layer: str = "") -> None:
+        self.op, self.layer = op, layer
+        self.table: dict[Any, Binding] = {}
+        self.compiled: dict[str, Callable[..., Any]] = {}
+        self.bindings: dict[Any, Binding] = {}  # kind of call -> what the receipt tells; keys differ by shapes too
+        self.verdicts: dict[Any, Verdict] = {}
+        self.quarantine: dict[str, str] = {}
+        self.layers: dict[str, Callable[..., Any]] = {}
+        self.entry = make_entry(op, self)
+
+    def forget(self) -> None:
+        """Drop what was decided for keys: the policy has changed. Verdicts and the receipt stay."""
+        self.table.clear()
+        for entry in self.layers.values():
+            dispatcher_of(entry).table.clear()
+
+    def start_over(self) -> None:
+        """Forget everything that was learned of this op's kernels."""
+        self.forget()
+        for memory in (self.bindings, self.verdicts, self.quarantine, self.layers):
+            memory.clear()
+
+    def at(self, layer: str) -> Callable[..., Any]:
+        """The op as the module of that name calls it; the op itself unless the policy tells layers apart."""
+        if not policy_in_force().has_layers(self.op.name):
+            return self.entry
+        if layer not in self.layers:
+            named = Dispatcher(self.op, layer)
+            named.verdicts, named.quarantine, named.bindings = self.verdicts, self.quarantine, self.bindings
+            named.entry._dispatcher = named  # type: ignore[attr-defined]
+            self.layers[layer] = named.entry
+        return self.layers[layer]
+
+    # -- called by the entry ----------------------------------------------------------------------------------
+
+    def bind(self, key: Any, arguments: tuple[Any, ...]) -> Binding:
+        """Choose for a new key, and remember. Holds no lock: a proof may come by here for another op."""
+        policy = policy_in_force()
+        named: dict[str, Any] = dict(zip(self.op.signature.parameters, arguments, strict=True))
+        call = self.describe(named)
+        choice = self.choose(call, lambda kernel: self.proved(kernel, call, named))
+        return self._remember(key, call, choice, policy)
+
+    def traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> str:
+        """The library that compiled code calls, chosen while it is traced: of a compilable kernel, or the reference.
+
+        Kernels are proved there on the op's own inputs of that dtype, with the options of the call.
+        """
+        key = ("compiled", tensors, options)
+        found = self.table.get(key)
+        if found is None:
+            policy, call = policy_in_force(), self._traced_call(tensors, options)
+            choice = self.choose(call, lambda kernel: self.proved_on_samples(kernel, call))
+            found = self._remember(key, call, choice, policy)
+        self.compiled.setdefault(found.choice.library, found.call)
+        found.calls += 1
+        return found.choice.library
+
+    def _traced_call(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Call:
+        named: dict[str, TensorFacts] = {}
+        for name, dtype, device, needs_grad in tensors:
+            key = name if self.op.kinds[name] == "tensor" else f"{name}[{sum(k.startswith(name + '[') for k in named)}]"
+            named[key] = TensorFacts(None, dtype, device, needs_grad, True, True, "Tensor")
+        values = self.op.defaults | dict(options)
+        given = {n for n, value in options if not same(value, self.op.defaults.get(n))} | {n for n, *_ in tensors}
+        return Call(
+            self.op.name,
+            named,
+            {name: value for name, value in values.items() if name not in {n for n, *_ in tensors}},
+            frozenset(given),
+            is_inference=torch.is_inference_mode_enabled(),
+            is_compiling=True,
+            is_deterministic=torch.are_deterministic_algorithms_enabled(),
+            layer=self.layer,
+        )
+
+    def reject(self, error: Exception, arguments: tuple[Any, ...]) -> Exception:
+        """Say which argument is not what the op takes."""
+        for (name, kind), value in zip(self.op.kinds.items(), arguments, strict=True):
+            is_absent = value is None and self.op.signature.parameters[name].default is None
+            if kind == "tensor" and not is_absent and not isinstance(value, torch.Tensor):
+                return TypeError(f"{self.op.name}: {name} must be a tensor; found {type(value).__name__}.")
+            if kind == "option" and type(value).__hash__ is None:
+                return TypeError(f"{self.op.name}: {name}={value!r} was given; pass a value that can be hashed.")
+        return error
+
+    # -- choosing ---------------------------------------------------------------------------------------------
+
+    def describe(self, arguments: dict[str, Any], **state: Any) -> Call:
+        """The facts of a call, with the states of the process that matter."""
+        state = {
+            "is_inference": torch.is_inference_mode_enabled(),
+            "is_transformed": torch._C._functorch.maybe_current_level() is not None,
+            "is_deterministic": torch.are_deterministic_algorithms_enabled(),
+        } | state
+        return describe(self.op.name, self.op.signature, arguments, layer=self.layer, **state)
+
+    def choose(self, call: Call, proved: Callable[[Kernel], Verdict | None]) -> Choice:
+        """Ask the libraries in order; the first whose kernel does not refuse and is proved serves.
+
+        Raises:
+            KernelError: the policy chose a library for this op and it cannot serve the call.
+        """
+        chosen = policy_in_force().chosen(self.op.name, self.layer)
+        if chosen == REFERENCE:
+            return Choice(REFERENCE, "chosen by the policy")
+        if chosen:
+            return self._explicit(chosen, call, proved)
+        refusals: dict[str, str] = {}
+        for library in policy_in_force().order:
+            reason, verdict = self._ask(library, call, proved)
+            if not reason:
+                return Choice(library, "first in order that serves", refusals, verdict)
+            refusals[library] = reason
+        why = "no kernel serves" if refusals else "no kernel library is in the order"
+        return Choice(REFERENCE, why, refusals)
+
+    def _explicit(self, library: str, call: Call, proved: Callable[[Kernel], Verdict | None]) -> Choice:
+        reason, verdict = self._ask(library, call, proved)
+        if reason:
+            raise KernelError(
+                f"{self.op.name}={library} was chosen explicitly, and it cannot serve {call}: {reason}. "
+                "An explicit choice never falls back: change the choice, or the call."
+            )
+        return Choice(library, "chosen by the policy", {}, verdict)
+
+    def _ask(self, library: str, call: Call, proved: Callable[[Kernel], Verdict | None]) -> tuple[str, Verdict | None]:
+        """Why a library does not serve ("" when it does), and the verdict of the proof."""
+        if policy_in_force().denies(self.op.name, library):
+            return "denied by the policy", None
+        absent = registry.load_library(library)
+        kernel = self.op.kernels.get(library)
+        if kernel is None:
+            return absent or "has no kernel of this op", None
+        if library in self.quarantine:
+            return f"quarantined: {self.quarantine[library]}", None
+        reason = refusal(self.op, kernel, call)
+        if reason:
+            return reason, None
+        verdict = proved(kernel)
+        if verdict is not None and not verdict.holds:
+            return f"failed its proof: {verdict.reason}", verdict
+        return "", verdict
+
+    # -- proving ----------------------------------------------------------------------------------------------
+
+    def proved(self, kernel: Kernel, call: Call, arguments: dict[str, Any]) -> Verdict | None:
+        """The verdict for this kind of call, from memory or from a proof now; None when proofs are off."""
+        if not policy_in_force().proof.at_first_use:
+            return None
+        if call.is_transformed:  # the tensors are functorch's, and mean nothing outside
+            return self.proved_on_samples(kernel, call)
+        kind = (kernel.library, proof_kind(call, self.op))
+        if kind not in self.verdicts:
+            if _is_capturing(call.device):
+                return Verdict(False, "it was not proved before the capture of a graph began")
+            self.verdicts[kind] = verdict = prove(self.op, kernel, arguments, policy_in_force().cases)
+            if not verdict.holds:
+                self.condemn(kernel, call, verdict)
+        return self.verdicts[kind]
+
+    def proved_on_samples(self, kernel: Kernel, call: Call) -> Verdict | None:
+        """The same for a call whose tensors are not there: on the op's own inputs, with the call's options."""
+        if not policy_in_force().proof.at_first_use:
+            return None
+        kind = (kernel.library, call.dtype, call.device, tuple(call.options.items()))
+        if kind not in self.verdicts:
+            verdict = Verdict(False, "no input of the op's own has this form, so it could not be proved")
+            for sample in apart(lambda: list(self.op.samples(call))):
+                verdict = prove(self.op, kernel, sample, policy_in_force().cases)
+                if not verdict.holds:
+                    self.condemn(kernel, call, verdict)
+                    break
+            self.verdicts[kind] = verdict
+        return self.verdicts[kind]
+
+    def condemn(self, kernel: Kernel, call: Call, verdict: Verdict) -> None:
+        """Quarantine a kernel that failed its proof: one clear warning, or an error in strict mode."""
+        self.quarantine[kernel.library] = verdict.reason
+        message = (
+            f"Kernel {kernel.name} was quarantined: for {call} {verdict.reason}. "
+            f"{'Case: ' + verdict.case + '. ' if verdict.case else ''}The reference serves from now on."
+        )
+        if policy_in_force().strict or policy_in_force().proof.raises:
+            raise KernelError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        log.warning("%s", message)
+        self.forget()
+
+    # -- calling ----------------------------------------------------------------------------------------------
+
+    def callable_of(self, library: str, call: Call) -> Callable[..., Any]:
+        """What a binding calls with all of the op's arguments by position."""
+        function = positional(self.op, self.op.kernels.get(library))
+        if policy_in_force().proof.every and library != REFERENCE and not call.is_compiling:
+            function = self._sampled(function, self.op.kernels[library], call)
+        if torch._C._is_any_autocast_enabled() and not call.is_compiling:
+            function = outside_autocast(function, call.device, is_cast=self.op.autocast == "cast")
+        return function
+
+    def _sampled(self, function: Callable[..., Any], kernel: Kernel, call: Call) -> Callable[..., Any]:
+        """Prove again at each so-many-th call."""
+        every, names = policy_in_force().proof.every, list(self.op.signature.parameters)
+        count = 0
+
+        def sampled(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count % every == 0:
+                verdict = prove(self.op, kernel, dict(zip(names, arguments, strict=True)), policy_in_force().cases)
+                if not verdict.holds:
+                    self.condemn(kernel, call, verdict)
+                    return positional(self.op, None)(*arguments)
+            return function(*arguments)
+
+        return sampled
+
+    def _remember(self, key: Any, call: Call, choice: Choice, policy: Policy) -> Binding:
+        """The binding for this kind of call; in the table unless the policy has changed meanwhile."""
+        refusals = tuple(choice.refusals.items())
+        state = (call.is_compiling, torch._C._is_any_autocast_enabled(), policy)
+        kind = (choice.library, choice.reason, refusals, call.variant, call.dtype, call.device, call.layer, state)
+        with lock:
+            found = self.bindings.get(kind)
+            if found is None:
+                found = self.bindings[kind] = Binding(self.callable_of(choice.library, call), choice, call)
+                log.info("%s: %s (%s)", call, choice.library, choice.reason)
+            if policy_in_force() is policy:
+                if len(self.table) >= _MOST_KEYS:
+                    self.table.clear()
+                self.table[key] = found
+        return found
+
+
+def _is_capturing(device: str) -> bool:
+    """Whether a graph of the device is being captured, into which a proof would fall."""
+    is_capturing = getattr(getattr(torch, device, None), "is_current_stream_capturing", None)
+    return bool(is_capturing and is_capturing())
+
+
+def dispatcher_of(entry: Callable[..., Any]) -> Dispatcher:
+    """The dispatcher behind the function that callers call."""
+    found: Dispatcher = entry._dispatcher  # type: ignore[attr-defined]
+    return found
+
+
+def fused_op(**fields: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare the decorated reference as an op. Fields as of FusedOp; the result is what callers call."""
+
+    def declare(reference: Callable[P, R]) -> Callable[P, R]:
+        op = FusedOp(reference, **fields)
+        registry.add_op(op)
+        dispatcher = Dispatcher(op)
+        dispatcher.entry._dispatcher = dispatcher  # type: ignore[attr-defined]
+        dispatcher.entry.at = dispatcher.at  # type: ignore[attr-defined]
+        dispatchers[op.name] = dispatcher
+        return dispatcher.entry
+
+    return declare

@@ -1,0 +1,259 @@
+"""Proof: a kernel and the float64 reference on the same inputs, outputs and gradients compared.
+
+A proof leaves no trace in the call it precedes. It runs in a thread of its own, because saved-tensor hooks,
+dispatch modes, functorch, autocast and inference mode belong to a thread; it draws from generators of its own; and
+it works on copies. The reference runs on the CPU in float64, which every device can be compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from llm_adapt.errors import KernelError
+from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
+
+__all__ = ["Verdict", "apart", "compare", "prove", "run_op"]
+
+T = TypeVar("T")
+_MOST_ELEMENTS = 2**20  # of all tensors together; a larger call is proved on a part of it
+_MOST_CASES = 4  # saved by one process
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a proof found.
+
+    Attributes:
+        holds: every result lies within the tolerance.
+        reason: what failed, "" when it holds.
+        errors: result -> largest error as a share of what is allowed; above 1 it fails.
+        seconds: how long the proof took.
+        case: file with the inputs of a failed proof, "" when none was saved.
+        is_partial: the call was too large and a part of it was proved.
+    """
+
+    holds: bool
+    reason: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    case: str = ""
+    is_partial: bool = False
+
+
+def prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str = "") -> Verdict:
+    """Run the kernel and the reference on copies of these arguments and compare.
+
+    Args:
+        arguments: of one call, by name, complete.
+        cases: folder for the inputs of a failed proof; "" = they are not saved.
+
+    Returns:
+        the verdict; an exception of the kernel is a failed proof, one of the reference is raised.
+    """
+    return apart(lambda: _prove(op, kernel, arguments, cases))
+
+
+def apart(act: Callable[[], T]) -> T:
+    """Do something in a thread of its own, where nothing is in force that belongs to the calling thread."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(act())
+        except BaseException as error:  # noqa: BLE001 - raised in the calling thread, below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="llm_adapt proof")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -> Verdict:
+    start = time.perf_counter()
+    small = arguments
+    if op.shrink is not None and _elements(arguments.values()) > _MOST_ELEMENTS:
+        small = op.shrink(arguments)
+    if op.random:
+        small = small | {op.random: 0.0}
+    expected = run_op(op, op.reference, small, kernel.has_backward, oracle=op.oracle)
+    try:
+        taken = {name: value for name, value in small.items() if name in kernel.honours}
+        ours = run_op(op, kernel.function, taken, kernel.has_backward)
+    except Exception as error:  # noqa: BLE001 - whatever it raises is why it does not serve
+        found = Verdict(False, f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    else:
+        found = compare(op, ours, expected)
+    case = "" if found.holds or not cases else _save(op, kernel, small, Path(cases))
+    seconds = time.perf_counter() - start
+    return Verdict(found.holds, found.reason, found.errors, seconds, case, small is not arguments and not op.random)
+
+
+def run_op(
+    op: FusedOp,
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    with_gradients: bool = True,
+    oracle: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """Call a kernel or the reference on copies and return its results and gradients, by name.
+
+    Args:
+        with_gradients: go backward as well.
+        oracle: run on the CPU with floating-point tensors in this dtype.
+
+    Returns:
+        "output", or "output[0]", "output[1]" ... ; "gradient of x" ...; "x" for what is changed in place.
+    """
+    copies = {name: _copied(value, oracle) for name, value in arguments.items()}
+    wanted = _differentiable(op, copies) if with_gradients else []
+    for _, tensor in wanted:
+        tensor.requires_grad_()
+    outputs = _named_tensors("output", function(**copies))
+    _check_inputs(op, copies, arguments)
+    results = {name: value.detach() for name, value in outputs}
+    for name in op.mutates:
+        results.update((key, value.detach()) for key, value in _named_tensors(name, copies.get(name)))
+    reached = [(name, value) for name, value in outputs if value.requires_grad]
+    if wanted and reached:
+        upstream = [_upstream(value, index) for index, (_, value) in enumerate(reached)]
+        gradients = torch.autograd.grad(
+            [value for _, value in reached], [tensor for _, tensor in wanted], upstream, allow_unused=True
+        )
+        results.update(
+            (f"gradient of {name}", value)
+            for (name, _), value in zip(wanted, gradients, strict=True)
+            if value is not None
+        )
+    return results
+
+
+def _check_inputs(op: FusedOp, copies: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raises KernelError when an input was changed that the op does not change."""
+    for name in copies.keys() - set(op.mutates):
+        before, after = _named_tensors(name, arguments[name]), _named_tensors(name, copies[name])
+        for (place, old), (_, new) in zip(before, after, strict=True):
+            if not torch.equal(new.detach().cpu().nan_to_num(), old.detach().to("cpu", new.dtype).nan_to_num()):
+                raise KernelError(f"it changed {place}, which it may only read")
+
+
+def compare(op: FusedOp, ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Verdict:
+    """Compare results by name. A result or gradient that only one side has is a failure."""
+    errors: dict[str, float] = {}
+    for name in expected:
+        if name not in ours:
+            return Verdict(False, f"{name} is missing", errors)
+        found, wanted = ours[name].detach().cpu(), expected[name].detach().cpu()
+        if found.shape != wanted.shape:
+            return Verdict(False, f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}", errors)
+        rtol = op.tolerance.rtol(found.dtype, is_gradient=name.startswith("gradient"))
+        errors[name] = _error(found, wanted, rtol)
+        if not errors[name] <= 1.0:
+            return Verdict(False, f"{name} is wrong: {_worst(found, wanted)}", errors)
+    return Verdict(True, "", errors)
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor, rtol: float) -> float:
+    """Largest error as a share of what is allowed; infinite where a value is not finite on one side only."""
+    if not found.numel():
+        return 0.0
+    if not found.is_floating_point():
+        return 0.0 if torch.equal(found, wanted.to(found.dtype)) else float("inf")
+    a, b = found.double(), wanted.double().to(found.dtype).double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return float("inf")
+    a, b = a[finite], wanted.double()[finite]
+    if not a.numel():
+        return 0.0
+    allowed = rtol * (b.abs() + b.square().mean().sqrt())
+    difference = (a - b).abs()
+    return float(torch.where(difference == 0, 0.0, difference / allowed).max())
+
+
+def _worst(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    """Where the largest difference is, in words."""
+    a, b = found.double(), wanted.double()
+    difference = (a - b).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    place = int(difference.argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(place), a.shape)]
+    return f"{float(a.flatten()[place]):.6g} instead of {float(b.flatten()[place]):.6g} at {index}"
+
+
+def _elements(values: Iterable[Any]) -> int:
+    return sum(tensor.numel() for value in values for _, tensor in _named_tensors("", value))
+
+
+def _named_tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a value: itself, or the members of a tuple or list by index."""
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if isinstance(value, (tuple, list)):
+        return [(f"{name}[{index}]", item) for index, item in enumerate(value) if isinstance(item, torch.Tensor)]
+    return []
+
+
+def _copied(value: Any, oracle: torch.dtype | None) -> Any:
+    """A copy with the same strides, or for the oracle one on the CPU in its dtype."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, oracle) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    if oracle is None:
+        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return copy.copy_(value) if _is_injective(value) else value.clone()
+    return value.to("cpu", oracle if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _is_injective(value: torch.Tensor) -> bool:
+    """Whether no two elements share memory, as those of an expanded tensor do."""
+    return all(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
+
+
+def _differentiable(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    if op.mutates:
+        return []
+    names = arguments if op.differentiable is None else op.differentiable
+    pairs = [pair for name in names for pair in _named_tensors(name, arguments.get(name))]
+    return [(name, tensor) for name, tensor in pairs if tensor.is_floating_point()]
+
+
+def _upstream(value: torch.Tensor, index: int) -> torch.Tensor:
+    """The gradient that enters an output: the same numbers for the kernel and the reference."""
+    generator = torch.Generator().manual_seed(index)
+    drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    # Rounded as a 16-bit gradient would be, so that both sides are given the very same numbers.
+    return drawn.to(torch.bfloat16).to(value.device, value.dtype)
+
+
+_saved = 0
+
+
+def _save(op: FusedOp, kernel: Kernel, arguments: Mapping[str, Any], folder: Path) -> str:
+    """Write the inputs of a failed proof, at most a few per process."""
+    global _saved
+    if _saved >= _MOST_CASES:
+        return ""
+    _saved += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kernel.name}.{os.getpid()}.{_saved}.pt"
+    torch.save({"op": op.name, "kernel": kernel.name, "arguments": {k: _plain(v) for k, v in arguments.items()}}, path)
+    return str(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,1 @@
+"""Kernels: one kernel library, one file. A file is imported when its library is first asked for."""
