@@ -201,6 +201,15 @@ def test_functorch(entry: Entry) -> None:
         assert last().choice.library == TOY
 
 
+def test_meta_tensors_get_the_reference(entry: Entry) -> None:
+    """Shapes can be asked on meta, and that decides nothing for the CPU, whose calls look alike."""
+    with toy_library("scaled", double), using(POLICY):
+        assert entry(torch.empty(3, device="meta")).shape == (3,)
+        assert last().choice.library == "reference"
+        entry(torch.ones(3))
+        assert last().choice.library == TOY
+
+
 class Wrapped(torch.Tensor):
     """A tensor subclass."""
 

@@ -37,6 +37,8 @@ def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
     if any(not tensor.is_plain for tensor in call.tensors.values()):
         kinds = {tensor.type_name for tensor in call.tensors.values() if not tensor.is_plain}
         return f"takes plain tensors, not {', '.join(sorted(kinds))}"
+    if call.device == "meta":
+        return "computes, and tensors on meta have no values"
     if op.differentiable != () and not call.is_inference:
         if not kernel.has_backward:
             return "has no backward; serves in torch.inference_mode() only"

@@ -14,7 +14,7 @@ from llm_adapt.ops.dispatch import registry
 from llm_adapt.ops.dispatch.call import Call, TensorFacts, describe, same
 from llm_adapt.ops.dispatch.calling import outside_autocast, positional
 from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
-from llm_adapt.ops.dispatch.entry import make_entry
+from llm_adapt.ops.dispatch.entry import make_entry, tensor_check
 from llm_adapt.ops.dispatch.in_force import dispatchers, lock, policy_in_force
 from llm_adapt.ops.dispatch.policy import Policy
 from llm_adapt.ops.dispatch.proof import Verdict, apart, prove
@@ -25,6 +25,7 @@ __all__ = ["Binding", "Dispatcher", "dispatcher_of", "fused_op"]
 log = logging.getLogger("llm_adapt")
 P = ParamSpec("P")
 R = TypeVar("R")
+_MOST_CHECKS = 4  # of one set of options: a model calls an op with few shapes in turn, and each check takes time
 _MOST_KEYS = 8192  # of one op; then all are forgotten and found anew, which costs microseconds each
 
 
@@ -49,6 +50,7 @@ class Dispatcher:
     def __init__(self, op: FusedOp, layer: str = "") -> None:
         self.op, self.layer = op, layer
         self.table: dict[Any, Binding] = {}
+        self.recent: dict[Any, tuple[tuple[Callable[..., bool], Binding], ...]] = {}  # options -> checks of tensors
         self.compiled: dict[str, Callable[..., Any]] = {}
         self.bindings: dict[Any, Binding] = {}  # kind of call -> what the receipt tells; keys differ by shapes too
         self.verdicts: dict[Any, Verdict] = {}
@@ -58,9 +60,9 @@ class Dispatcher:
 
     def forget(self) -> None:
         """Drop what was decided for keys: the policy has changed. Verdicts and the receipt stay."""
-        self.table.clear()
-        for entry in self.layers.values():
-            dispatcher_of(entry).table.clear()
+        for dispatcher in (self, *map(dispatcher_of, self.layers.values())):
+            dispatcher.table.clear()
+            dispatcher.recent.clear()
 
     def start_over(self) -> None:
         """Forget everything that was learned of this op's kernels."""
@@ -81,13 +83,14 @@ class Dispatcher:
 
     # -- called by the entry ----------------------------------------------------------------------------------
 
-    def bind(self, key: Any, arguments: tuple[Any, ...]) -> Binding:
+    def bind(self, options: Any, key: Any, arguments: tuple[Any, ...]) -> Binding:
         """Choose for a new key, and remember. Holds no lock: a proof may come by here for another op."""
         policy = policy_in_force()
         named: dict[str, Any] = dict(zip(self.op.signature.parameters, arguments, strict=True))
         call = self.describe(named)
         choice = self.choose(call, lambda kernel: self.proved(kernel, call, named))
-        return self._remember(key, call, choice, policy)
+        check = None if call.device == "meta" else tensor_check(self.op, arguments)
+        return self._remember(key, call, choice, policy, options, check)
 
     def traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> str:
         """The library that compiled code calls, chosen while it is traced: of a compilable kernel, or the reference.
@@ -138,7 +141,7 @@ class Dispatcher:
         """The facts of a call, with the states of the process that matter."""
         state = {
             "is_inference": torch.is_inference_mode_enabled(),
-            "is_transformed": torch._C._functorch.maybe_current_level() is not None,
+            "is_transformed": torch._C._are_functorch_transforms_active(),
             "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         } | state
         return describe(self.op.name, self.op.signature, arguments, layer=self.layer, **state)
@@ -263,8 +266,16 @@ class Dispatcher:
 
         return sampled
 
-    def _remember(self, key: Any, call: Call, choice: Choice, policy: Policy) -> Binding:
-        """The binding for this kind of call; in the table unless the policy has changed meanwhile."""
+    def _remember(
+        self,
+        key: Any,
+        call: Call,
+        choice: Choice,
+        policy: Policy,
+        options: Any = None,
+        check: Callable[..., bool] | None = None,
+    ) -> Binding:
+        """The binding for this kind of call; looked up from now on, unless the policy has changed meanwhile."""
         refusals = tuple(choice.refusals.items())
         state = (call.is_compiling, torch._C._is_any_autocast_enabled(), policy)
         kind = (choice.library, choice.reason, refusals, call.variant, call.dtype, call.device, call.layer, state)
@@ -273,10 +284,14 @@ class Dispatcher:
             if found is None:
                 found = self.bindings[kind] = Binding(self.callable_of(choice.library, call), choice, call)
                 log.info("%s: %s (%s)", call, choice.library, choice.reason)
-            if policy_in_force() is policy:
+            if policy_in_force() is policy and call.device != "meta":  # whose ordinal is the CPU's
                 if len(self.table) >= _MOST_KEYS:
                     self.table.clear()
+                    self.recent.clear()
                 self.table[key] = found
+                known = self.recent.get(options, ())
+                if check is not None and len(known) < _MOST_CHECKS:
+                    self.recent[options] = (*known, (check, found))
         return found
 
 

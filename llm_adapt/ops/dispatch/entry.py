@@ -1,36 +1,45 @@
 """The function that callers call: one guarded lookup, then the kernel.
 
 It is written out for each op from the op's signature, as dataclasses writes __init__: a loop over arguments would
-cost more than many kernels (benchmarks/dispatch.py). The key holds everything a kernel may refuse by: for tensors
-their type, shape, dtype, device, whether they need a gradient and are contiguous; the options as they are; and
-the four states of the process that matter. So a bound kernel can be called without asking it again.
+cost more than many kernels (benchmarks/dispatch.py). A bound kernel is called without being asked again, so what
+guards it is everything that a kernel may refuse by: the type, shape, dtype, strides and device of every tensor and
+whether it needs a gradient, the options as they are, inference mode, autocast, functorch and determinism.
+
+The last few kinds of call are recognised by torch's own tensor guards, which read all of that in C++. Where this torch
+has none, and for further kinds, a key is made of the same facts in Python.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from llm_adapt.ops.dispatch.registry import FusedOp
 
-__all__ = ["make_entry"]
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment, misc]
 
+__all__ = ["make_entry", "tensor_check"]
+
+_TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.requires_grad, {0}.is_contiguous()"
+_STATE = "_is_inference(), _is_autocast(), _is_transformed()"
 # What compiled code may decide by: constants to dynamo. Shapes may be symbols there.
 _TRACED = "({1!r}, {0}.dtype, {0}.device.type, {0}.requires_grad)"
-_TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad, {0}.is_contiguous()"
-_STATE = "_is_inference(), _is_autocast(), _functorch_level(), _is_deterministic()"
 
 
 class Dispatch(Protocol):
-    """What the entry calls when the lookup does not answer."""
+    """What the entry looks into, and calls when that does not answer."""
 
+    recent: dict[Any, tuple[Any, ...]]
     table: dict[Any, Any]
     compiled: dict[str, Callable[..., Any]]
 
-    def bind(self, key: Any, arguments: tuple[Any, ...]) -> Any:
+    def bind(self, options: Any, key: Any, arguments: tuple[Any, ...]) -> Any:
         """A binding for a new key."""
 
     def traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> str:
@@ -42,46 +51,78 @@ class Dispatch(Protocol):
 
 def make_entry(op: FusedOp, dispatch: Dispatch) -> Callable[..., Any]:
     """A function with the op's signature that calls the kernel bound to such calls."""
-    names = list(op.signature.parameters)
-    arguments = ", ".join(names) + ","
-    key = ", ".join(part for name in names if (part := _key_part(op, name)))
-    tensors = " + ".join(_traced_part(op, name) for name in names if op.kinds[name] != "option") or "()"
-    options = "".join(
-        f"({name!r}, {name}), " for name in names if op.kinds[name] == "option" and name not in op.dynamic
-    )
-    source = (
-        f"def {op.name}{_parameters(op)}:\n"
-        f"    if _is_compiling():\n"
-        f"        return _compiled[_traced({tensors}, ({options}))]({arguments})\n"
-        f"    try:\n"
-        f"        key = ({key}, {_STATE})\n"
-        f"        binding = _lookup(key)\n"
-        f"    except (AttributeError, TypeError) as error:\n"
-        f"        raise _reject(error, ({arguments})) from None\n"
-        f"    if binding is None:\n"
-        f"        binding = _bind(key, ({arguments}))\n"
-        f"    binding.calls += 1\n"
-        f"    return binding.call({arguments})\n"
-    )
     names_inside: dict[str, Any] = {
         "_is_compiling": torch.compiler.is_compiling,
         "_is_inference": torch.is_inference_mode_enabled,
         "_is_autocast": torch._C._is_any_autocast_enabled,
-        "_functorch_level": torch._C._functorch.maybe_current_level,
-        "_is_deterministic": torch.are_deterministic_algorithms_enabled,
+        "_is_transformed": torch._C._are_functorch_transforms_active,
+        "_is_deterministic": torch._C._get_deterministic_algorithms,  # what torch's own function returns
+        "_ordinal": torch._C.TensorBase.get_device,  # Tensor.get_device is CUDA's ordinal while patched
+        "_recent": dispatch.recent.get,
         "_lookup": dispatch.table.get,
         "_bind": dispatch.bind,
         "_traced": _constant(dispatch.traced),
         "_compiled": dispatch.compiled,
         "_reject": dispatch.reject,
-        **{f"_default_{name}": parameter.default for name, parameter in op.signature.parameters.items()},
+        **{f"_default_{name}": value for name, value in op.defaults.items()},
     }
-    exec(compile(source, f"<llm_adapt entry of {op.name}>", "exec"), names_inside)
+    exec(compile(_source(op), f"<llm_adapt entry of {op.name}>", "exec"), names_inside)
     entry: Callable[..., Any] = names_inside[op.name]
     entry.__doc__, entry.__module__ = op.reference.__doc__, op.reference.__module__
     entry.__signature__ = op.signature  # type: ignore[attr-defined]
     entry.op = op  # type: ignore[attr-defined]
     return entry
+
+
+def tensor_check(op: FusedOp, arguments: Sequence[Any]) -> Callable[..., bool] | None:
+    """torch's check for tensors like these, called with all of the op's tensors, those that are None too.
+
+    None for lists of tensors, and where this torch has no such check.
+    """
+    named = dict(zip(op.signature.parameters, arguments, strict=True))
+    names = [name for name, kind in op.kinds.items() if kind != "option"]
+    present = [name for name in names if named[name] is not None]
+    if TensorGuards is None or not present or "tensors" in op.kinds.values():
+        return None
+    tensors = [named[name] for name in present]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if len(present) < len(names):
+        source = f"lambda {', '.join(names)}: _check({', '.join(present)})"
+        check = eval(source, {"_check": check})
+    return check
+
+
+def _source(op: FusedOp) -> str:
+    """The text of the entry."""
+    names = list(op.signature.parameters)
+    arguments = ", ".join(names) + ","
+    tensors = [name for name in names if op.kinds[name] != "option"]
+    static = [name for name in names if op.kinds[name] == "option" and name not in op.dynamic]
+    optional = [name for name in tensors if name in op.defaults]
+    options = "".join(f"{part}, " for part in (*static, *(f"{name} is None" for name in optional)))
+    facts = ", ".join(_key_part(op, name) for name in tensors) or "None"
+    traced_tensors = " + ".join(_traced_part(op, name) for name in tensors) or "()"
+    traced_options = "".join(f"({name!r}, {name}), " for name in static)
+    place = f"_ordinal({tensors[0]})" if tensors and op.kinds[tensors[0]] == "tensor" else "None"
+    return (
+        f"def {op.name}{_parameters(op)}:\n"
+        f"    if _is_compiling():\n"
+        f"        return _compiled[_traced({traced_tensors}, ({traced_options}))]({arguments})\n"
+        f"    try:\n"
+        f"        options = ({options}_is_deterministic())\n"
+        f"        for check, binding in _recent(options, ()):\n"
+        f"            if check({', '.join(tensors)}):\n"
+        f"                break\n"
+        f"        else:\n"
+        f"            key = (options, {place}, {facts}, {_STATE})\n"
+        f"            binding = _lookup(key)\n"
+        f"    except (AttributeError, TypeError) as error:\n"
+        f"        raise _reject(error, ({arguments})) from None\n"
+        f"    if binding is None:\n"
+        f"        binding = _bind(options, key, ({arguments}))\n"
+        f"    binding.calls += 1\n"
+        f"    return binding.call({arguments})\n"
+    )
 
 
 def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,8 +143,15 @@ def _traced_part(op: FusedOp, name: str) -> str:
     if op.kinds[name] == "tensors":
         return f"(() if {name} is None else tuple([{_TRACED.format('t', name)} for t in {name}]))"
     present = f"({_TRACED.format(name, name)},)"
-    is_optional = op.signature.parameters[name].default is not inspect.Parameter.empty
-    return f"(() if {name} is None else {present})" if is_optional else present
+    return f"(() if {name} is None else {present})" if name in op.defaults else present
+
+
+def _key_part(op: FusedOp, name: str) -> str:
+    """What a tensor gives to the key."""
+    if op.kinds[name] == "tensors":
+        return f"None if {name} is None else tuple([({_TENSOR.format('t')}) for t in {name}])"
+    facts = _TENSOR.format(name)
+    return f"None if {name} is None else ({facts})" if name in op.defaults else facts
 
 
 def _parameters(op: FusedOp) -> str:
@@ -113,18 +161,5 @@ def _parameters(op: FusedOp) -> str:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not is_keyword:
             parts.append("*")
             is_keyword = True
-        has_default = parameter.default is not inspect.Parameter.empty
-        parts.append(f"{name}=_default_{name}" if has_default else name)
+        parts.append(f"{name}=_default_{name}" if name in op.defaults else name)
     return f"({', '.join(parts)})"
-
-
-def _key_part(op: FusedOp, name: str) -> str:
-    """What an argument gives to the key."""
-    kind = op.kinds[name]
-    if kind == "option":
-        return "" if name in op.dynamic else name
-    if kind == "tensors":
-        return f"None if {name} is None else tuple([({_TENSOR.format('t')}) for t in {name}])"
-    if op.signature.parameters[name].default is inspect.Parameter.empty:
-        return _TENSOR.format(name)
-    return f"None if {name} is None else ({_TENSOR.format(name)})"
