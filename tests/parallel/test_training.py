@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import training_checks
 import pytest
+import training_checks
 from on_ranks import CHECKS, outcomes
 
 pytestmark = pytest.mark.multiprocess

@@ -106,6 +106,19 @@ def fsdp2_step(rank: int, size: int) -> None:
 
 
 @check
+def fsdp1_starts_alike(rank: int, size: int) -> None:
+    """FSDP with sync_module_states=True gives every rank the parameters of rank 0."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    module = model()
+    with torch.no_grad():
+        module[0].weight.add_(rank)
+    wrapped = FSDP(module, device_id=torch.cuda.current_device(), sync_module_states=True, use_orig_params=True)
+    with FSDP.summon_full_params(wrapped):
+        torch.testing.assert_close(wrapped.module[0].weight, model()[0].weight)
+
+
+@check
 def fsdp1(rank: int, size: int) -> None:
     """FullyShardedDataParallel with and without device_id trains, and hands out the full state offloaded to the CPU."""
     from torch.distributed.fsdp import FullStateDictConfig, StateDictType

@@ -2,7 +2,8 @@
 
 CUDA and DCU need none. The rooms: devices (translation), tensors and tensor_types (entry points that take a
 device, and what a tensor says of its place), namespace (torch.cuda.*; host and vendor are its two answers),
-availability (who is told that CUDA is there), amp, switches, serialization, distributed, tooling, compiler.
+accelerator, availability (who is told that CUDA is there), amp, switches, serialization, distributed, tooling,
+compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def rows(context: Context) -> list[Row]:
     import torch
 
     from llm_adapt.frameworks.torch_cuda import (
+        accelerator,
         amp,
         availability,
         compiler,
@@ -44,12 +46,13 @@ def rows(context: Context) -> list[Row]:
     translate = devices.DeviceTranslator(adapter, count)
     is_told = availability.is_told_on(translate.target)
     found: list[Row] = [
-        *devices.rows(translate),
+        *devices.rows(translate, is_told),
         *tensors.rows(translate, report),
         *tensor_types.rows(translate, is_told),
         *namespace.rows(translate, report, is_told),
+        *accelerator.rows(translate, report, is_told),
         *amp.rows(translate),
-        *switches.rows(report),
+        *switches.rows(report, translate.is_host),
         *serialization.rows(translate),
         *distributed.rows(context, translate, is_told),
         *tooling.rows(translate, report, dataclasses.asdict(settings)),

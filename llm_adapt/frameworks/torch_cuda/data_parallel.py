@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FullyShardedDataParallel on this device. (fully_shard asks its mesh: no rows.)"""
+"""DataParallel, DistributedDataParallel and FullyShardedDataParallel. (fully_shard asks its mesh: no rows.)"""
 
 from __future__ import annotations
 
@@ -28,10 +28,33 @@ def rows(translate: DeviceTranslator, report: Report) -> list[Row]:
         Patch(f"{_FSDP}.__init__", fsdp, "device_id names this device", kind="wrap"),
     ]
     if translate.is_host:
-        offload = functools.partial(_offload, report=report)
-        why = "torch 2.13 reads freed memory when it offloads from the CPU to the CPU"
-        found.append(Patch("torch.distributed.fsdp.api:FullStateDictConfig.__init__", offload, why, kind="wrap"))
+        found += _host_rows(report)
     return found
+
+
+def _host_rows(report: Report) -> list[Row]:
+    """What differs when device memory and host memory are one."""
+    offload, single = functools.partial(_offload, report=report), functools.partial(_single, report=report)
+    why = "torch 2.13 reads freed memory when it offloads from the CPU to the CPU"
+    states = "torch.distributed.fsdp._init_utils:_check_module_states_for_sync_module_states"
+    return [
+        Patch("torch.distributed.fsdp.api:FullStateDictConfig.__init__", offload, why, kind="wrap"),
+        Patch(states, _on_device, "sync_module_states: this device is the CPU", optional=True, versions="torch 2.0 on"),
+        Patch("torch.nn.parallel.data_parallel:DataParallel.__init__", single, "one memory, one replica", kind="wrap"),
+    ]
+
+
+def _on_device(module_states: Any) -> None:
+    """FSDP refuses parameters in host memory here; they are on the device."""
+
+
+def _single(original: Callable[..., None], report: Report) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        report.once("nn.DataParallel", "one replica", "the CPU's ordinals are one device; the whole batch goes to it")
+        original(self, *args, **kwargs)
+
+    return init
 
 
 def _ddp(original: Callable[..., None], translate: DeviceTranslator, report: Report) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +149,7 @@ def type_proxy(real: type, make: Callable[..., Any], home: str = "torch") -> Any
     return proxy
 
 
-def rows(translate: DeviceTranslator) -> list[Row]:
+def rows(translate: DeviceTranslator, is_told: Callable[[str], bool]) -> list[Row]:
     """torch.device("cuda", n) and torch.Generator("cuda"), with everything that recognises these types."""
 
     def make_device(*args: Any, **kwargs: Any) -> torch.device:
@@ -173,7 +174,13 @@ def rows(translate: DeviceTranslator) -> list[Row]:
     def device_module(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def get_device_module(device: Any = None) -> Any:
-            return torch.cuda if translate.is_cuda(device) else original(device)
+            if translate.is_cuda(device):
+                return torch.cuda
+            # On the CPU torch.device("cuda") is torch.device("cpu"), and torch.cpu lacks most of torch.cuda.
+            is_ours = translate.is_host and (device is None or str(device) == "cpu")
+            if is_ours and not torch.compiler.is_dynamo_compiling():
+                is_ours = is_told(sys._getframe(1).f_globals.get("__name__", ""))
+            return torch.cuda if is_ours else original(device)
 
         return get_device_module
 

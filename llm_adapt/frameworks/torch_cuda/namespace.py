@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from llm_adapt.frameworks.torch_cuda import cudart, host, nvtx, vendor
-from llm_adapt.frameworks.torch_cuda.availability import IsTold, availability
+from llm_adapt.frameworks.torch_cuda.availability import IsTold, availability, properties
 from llm_adapt.frameworks.torch_cuda.devices import DeviceTranslator
 from llm_adapt.patching import Patch, Row
 from llm_adapt.report import Report
 
-__all__ = ["UNCHANGED", "UNSUPPORTED", "UNSUPPORTED_IN", "rows"]
+__all__ = ["COMM", "UNCHANGED", "UNSUPPORTED", "UNSUPPORTED_IN", "rows"]
 
 _GRAPHS = "run the step eagerly (Megatron: drop --cuda-graph-impl / --enable-cuda-graph)"
 _ALLOCATOR = "use the device's default allocator"
@@ -46,6 +46,9 @@ UNSUPPORTED_IN = {
     "tunable": dict.fromkeys(torch.cuda.tunable.__all__, "leave TunableOp off: it tunes cuBLAS"),
 }
 
+# torch.cuda.comm is torch.nn.parallel.comm.
+COMM = ("broadcast", "broadcast_coalesced", "gather", "reduce_add", "reduce_add_coalesced", "scatter")
+
 UNCHANGED = {
     **dict.fromkeys(
         ("amp", "graphs", "jiterator", "memory", "nccl", "nvtx", "profiler"), "a module; its names are rows"
@@ -70,6 +73,9 @@ def rows(translate: DeviceTranslator, report: Report, is_told: IsTold) -> list[R
         table.update(vendor.functions(translate))
         count = table["device_count"]
     table.update(availability(is_told, count, torch.cuda.is_available, torch.cuda.device_count))
+    shown = "get_device_properties"
+    if shown in table:
+        table[shown] = properties(is_told, table[shown], torch.cuda.get_device_properties)
     table.update(_legacy_types(torch.cuda, _own_module(translate)))
     for name in set(torch.cuda.__all__) - set(table) - set(UNCHANGED):  # the vendor has none, or torch is newer
         table[name] = _refusal(name, f"it is not in torch.{translate.target}", translate)
@@ -77,7 +83,7 @@ def rows(translate: DeviceTranslator, report: Report, is_told: IsTold) -> list[R
     found: list[Row] = []
     for name, new in table.items():
         found += _with_copies(name, new, f"torch.cuda on {translate.adapter.name}")
-    return found + nvtx.rows(translate, report) + _submodules(translate, report)
+    return found + nvtx.rows(translate, report) + _submodules(translate, report) + _comm(translate)
 
 
 def _with_copies(name: str, new: Any, reason: str) -> list[Row]:
@@ -111,6 +117,17 @@ def _submodules(translate: DeviceTranslator, report: Report) -> list[Row]:
         Patch(f"torch.cuda.{module}:{name}", new, why)
         for (module, name), new in table.items()
         if hasattr(getattr(torch.cuda, module), name)  # else an older torch; nothing is invented
+    ]
+
+
+def _comm(translate: DeviceTranslator) -> list[Row]:
+    """Copies between the devices of one process, where torch is built without them."""
+    if hasattr(torch._C, "_broadcast"):
+        return []
+    way_out = "start one process per device and use torch.distributed"
+    return [
+        Patch(f"torch.nn.parallel.comm:{name}", _refusal(f"comm.{name}", way_out, translate), "torch has none here")
+        for name in COMM
     ]
 
 

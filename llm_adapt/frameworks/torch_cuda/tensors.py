@@ -20,7 +20,7 @@ from llm_adapt.report import Report
 __all__ = ["factory_targets", "rows"]
 
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like", "normal")
-_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+_NEW = ("new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 _ABSENT: Any = object()
 _COPY = 2  # position of `copy` after the device: Tensor.to(device, dtype, non_blocking, copy)
@@ -41,7 +41,7 @@ def factory_targets() -> list[str]:
             public = name.removeprefix("fft_")
             if getattr(module, public, None) is function:
                 found.append(f"{module.__name__}:{public}")
-    return sorted(found + [f"torch:{name}" for name in _LIKE])
+    return sorted([*found, *(f"torch:{name}" for name in _LIKE), "torch.nested:as_nested_tensor"])
 
 
 def rows(translate: DeviceTranslator, report: Report) -> list[Row]:

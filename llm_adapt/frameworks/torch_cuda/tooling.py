@@ -1,4 +1,4 @@
-"""What stands around the tensors: TorchScript, spawned processes, the profiler and the data loader."""
+"""What stands around the tensors: TorchScript, child processes, the profiler, the data loader, the optimizers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["rows", "script_builtins"]
 
 
 def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str, Any]) -> list[Row]:
-    """Rows for child processes, the data loader and the profiler.
+    """Rows for child processes, the data loader, the profiler and the optimizers.
 
     Args:
         child_arguments: patch() arguments with which a spawned child patches itself.
     """
-    return [
+    found: list[Row] = [
         Patch(
             "multiprocessing.spawn:get_preparation_data",
             functools.partial(_prepare_child, child_arguments=child_arguments),
@@ -41,6 +41,7 @@ def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str,
             kind="wrap",
         ),
     ]
+    return found + (_optimizers() if translate.is_host else [])
 
 
 class PatchChild:
@@ -98,11 +99,32 @@ def _profile(original: Callable[..., None], report: Report, title: str) -> Calla
     return init
 
 
+def _optimizers() -> list[Row]:
+    """Rows by which optimizers with capturable=True compute in host memory; every module of torch.optim has a copy."""
+    import torch.optim  # noqa: F401  (sys.modules has its modules)
+
+    name, why = "_get_capturable_supported_devices", "capturable=True is right without a graph, too"
+    modules = [module for module in sys.modules if module.startswith("torch.optim.")]
+    return [
+        Patch(f"{module}:{name}", _capturable, why, versions="torch 2.2 on", rebind=False)
+        for module in sorted(modules)
+        if hasattr(sys.modules[module], name)  # an older torch has none
+    ]
+
+
+def _capturable(supports_xla: bool = True) -> list[str]:
+    """Devices of optimizers with capturable=True; torch.jit.script compiles this text when it compiles one of them."""
+    found = ["cuda", "xpu", "hpu", "cpu"]
+    if supports_xla:
+        found.append("xla")
+    return found
+
+
 def script_builtins(rows: Iterable[Row]) -> list[Row]:
     """Wrap the rows of TorchScript builtins so that torch.jit.script still recognises them.
 
-    TorchScript finds builtins by the identity of the function: the wrapper gets the entry of the original,
-    and compiled code calls the operator itself (a device in scripted code is not translated).
+    TorchScript finds builtins by the identity of the function or type: the wrapper gets the entry of the
+    original, and compiled code calls the operator itself (a device in scripted code is not translated).
     """
     import torch
     from torch.jit._builtins import _get_builtin_table  # Workaround: script-builtins
@@ -114,10 +136,10 @@ def script_builtins(rows: Iterable[Row]) -> list[Row]:
         module, name = split_target(row.target)
         original = getattr(modules.get(module), name, None) if isinstance(row, Patch) else None
         operator = table.get(id(original)) if original is not None else None
-        if operator is None or not isinstance(row, Patch) or row.kind != "wrap":
+        if operator is None or not isinstance(row, Patch):
             found.append(row)
             continue
-        wrapper = row.new(original)
+        wrapper = row.new(original) if row.kind == "wrap" else row.new
         found.append(Patch(row.target, wrapper, row.reason))
         found.append(
             Entry("torch.jit._builtins:_builtin_table", operator, "torch.jit.script knows it", key=id(wrapper))

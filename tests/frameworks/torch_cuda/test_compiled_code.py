@@ -155,6 +155,11 @@ def test_script() -> None:
     def draw(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return x + torch.rand(3, generator=generator)
 
+    def make(x: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(device="cpu")
+        return x.to(torch.device("cpu", 0)) + torch.rand(3, device=torch.device("cpu"), generator=generator)
+
+    assert torch.jit.script(make)(torch.ones(3)).shape == (3,)
     assert torch.jit.script(code)(torch.ones(3), torch.device("cuda")).tolist() == [2.0, 3.0, 4.0]
     assert torch.jit.script(draw)(torch.ones(3), torch.Generator("cuda")).shape == (3,)
 
@@ -244,7 +249,8 @@ def test_fake_tensors() -> None:
 
 
 @pytest.mark.slow
-def test_inductor() -> None:
-    """The default compiler gives eager numbers too."""
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_inductor(mode: str) -> None:
+    """The default compiler gives eager numbers too, in every mode."""
     x = torch.arange(3.0)
-    assert torch.allclose(torch.compile(Moves(), fullgraph=True)(x), 3 * x)
+    assert torch.allclose(torch.compile(Moves(), fullgraph=True, mode=mode)(x), 3 * x)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,23 @@ def test_statistics() -> None:
     assert stats["num_ooms"] == stats["num_alloc_retries"] == 0
     assert "inactive_split_bytes.all.current" not in stats
     assert "allocated_bytes.all.peak" in torch.cuda.memory_summary(abbreviated=True)
+
+
+def test_a_count_that_only_cuda_s_allocator_keeps(noted: Callable[[], list[str]]) -> None:
+    """Megatron and others read it by name: it reads 0, which is noted once; a name CUDA has not is a KeyError."""
+    stats = torch.cuda.memory_stats()
+    for _ in range(2):
+        assert stats["allocation.all.current"] == stats["inactive_split_bytes.large_pool.peak"] == 0
+    assert stats.get("segment.all.current") is None
+    assert noted() == [
+        f"torch.cuda.memory_stats()[{name!r}]"
+        for name in ("allocation.all.current", "inactive_split_bytes.large_pool.peak")
+    ]
+    for name in ("allocation.all", "allocated_bytes.all.now", "bytes", "num_oom"):
+        with pytest.raises(KeyError, match=name):
+            stats[name]
+    assert type(pickle.loads(pickle.dumps(stats))) is dict
+    assert copy.deepcopy(stats) == stats
 
 
 def test_free_and_total() -> None:

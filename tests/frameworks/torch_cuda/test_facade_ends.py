@@ -93,7 +93,15 @@ def test_ops_without_a_device_are_not_touched() -> None:
         assert [name for name, value in functions.items() if id(vars(torch.nn.functional)[name]) != value] == []
         assert (torch.nn.Linear.forward, torch.nn.Module.__call__) == forward
     moving = {"to", "cuda", "cpu", "type", "pin_memory", "is_pinned", "record_stream", "get_device"}
-    assert changed == moving | {"new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"}
+    assert changed == moving | {
+        "new",
+        "new_empty",
+        "new_empty_strided",
+        "new_full",
+        "new_ones",
+        "new_tensor",
+        "new_zeros",
+    }
 
 
 def test_no_mode_is_switched_on() -> None:

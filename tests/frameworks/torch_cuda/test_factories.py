@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ with warnings.catch_warnings(action="ignore"):
 FACTORIES = factory_targets()  # from torch's own functions, so before patch()
 ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "arange": ((3,), {}),
+    "as_nested_tensor": (([VALUES, VALUES],), {}),
     "as_tensor": (([1.0],), {}),
     "asarray": (([1.0],), {}),
     "bartlett_window": ((3,), {}),
@@ -69,6 +71,7 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "zeros_like": ((VALUES,), {}),
 }
 NEW: dict[str, tuple[Any, ...]] = {
+    "new": (3,),
     "new_empty": ((3,),),
     "new_empty_strided": ((2,), (1,)),
     "new_full": ((3,), 1.0),
@@ -116,6 +119,10 @@ def test_no_factory_is_forgotten() -> None:
     host_only = {"from_file"}  # maps a file into host memory; CUDA's torch refuses a device there too
     public = {name for name in names if hasattr(torch, name) or hasattr(torch.Tensor, name) if name[0] != "_"}
     assert public - covered - other_rows - host_only == set()
+    functions = {name: function for name, function in vars(torch.nested).items() if inspect.isfunction(function)}
+    nested = {name for name, function in functions.items() if "device" in inspect.signature(function).parameters}
+    assert nested
+    assert nested <= covered
 
 
 def test_other_devices_are_left_alone() -> None:

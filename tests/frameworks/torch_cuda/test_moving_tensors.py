@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -260,3 +261,34 @@ def test_storages() -> None:
     storage = torch.ones(2).untyped_storage()
     assert storage.cuda().device.type == "cpu"
     assert storage.cuda(1).nbytes() == 8
+
+
+@pytest.mark.parametrize("name", ["Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"])
+def test_optimizers_that_can_be_captured(name: str) -> None:
+    """capturable=True, which a checkpoint may bring along, gives the numbers of capturable=False."""
+    found = []
+    for capturable in (False, True):
+        weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+        optimizer = getattr(torch.optim, name)([weight], lr=0.1, capturable=capturable)
+        for _ in range(3):
+            weight.grad = weight.detach().square()
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_optimizers_are_scripted() -> None:
+    """torch compiles functional optimizers as TorchScript, and with them the question what can be captured where."""
+    for name in ("optimizer", "adam", "adadelta"):
+        devices = sys.modules[f"torch.optim.{name}"]._get_capturable_supported_devices
+        assert torch.jit.script(devices)() == devices()
+        assert {"cpu", "cuda"} <= set(devices(supports_xla=False))
+
+
+def test_data_parallel_is_one_replica(noted: Callable[[], list[str]]) -> None:
+    """nn.DataParallel gives the whole batch to the one device, and it is noted."""
+    module = torch.nn.Linear(2, 3).cuda()
+    x = torch.ones(4, 2, device="cuda")
+    parallel = torch.nn.DataParallel(module, device_ids=[0, 1], output_device=0)
+    assert torch.equal(parallel(x), module(x))
+    assert noted() == ["nn.DataParallel"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +139,29 @@ def test_attention_switches() -> None:
         assert torch.nn.functional.scaled_dot_product_attention(q, q, q).shape == q.shape
     with torch.backends.cudnn.flags(enabled=False, deterministic=True):
         assert torch.backends.cudnn.deterministic
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION),
+        lambda: torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION], set_priority=True),
+        lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION),
+        lambda: torch.backends.cuda.sdp_kernel(enable_flash=True, enable_math=False, enable_mem_efficient=False),
+        lambda: torch.backends.cuda.enable_math_sdp(False),
+    ],
+)
+def test_attention_is_computed_where_cuda_s_kernel_is_not(
+    choose: Callable[[], Any], noted: Callable[[], list[str]]
+) -> None:
+    """A choice of CUDA's kernels without the math kernel computes with what the CPU has, and is noted once."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    q, mask = torch.randn(1, 2, 4, 8, device="cuda"), torch.randn(4, 4, device="cuda", requires_grad=True)
+    expected = torch.softmax(q @ q.transpose(-1, -2) / 8**0.5 + mask, -1) @ q
+    with choose() or contextlib.nullcontext():
+        found = attend(q, q, q, attn_mask=mask)
+        assert attend(q, q, q, dropout_p=0.5, is_causal=True).shape == q.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert noted() == ["attention without the math kernel"]
+    assert torch.backends.cuda.math_sdp_enabled()

@@ -50,6 +50,12 @@ def test_a_name_without_counterpart_is_refused() -> None:
         for name in names:
             with pytest.raises(NotImplementedError, match=rf"torch\.cuda\.{module}\.{name} was asked; .* Way out: \w+"):
                 getattr(_module(module), name)()
+    from torch.cuda import comm
+
+    for name in namespace.COMM:
+        with pytest.raises(NotImplementedError, match=rf"torch\.cuda\.comm\.{name} was asked; .* Way out: \w+"):
+            getattr(comm, name)()
+    assert set(namespace.COMM) == set(comm.__all__)
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the tables are checked against torch 2.13")

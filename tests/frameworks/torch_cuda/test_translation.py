@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import string
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,11 +154,19 @@ class TestTorchDevice:
         torch.set_default_device(None)
         assert torch.ones(1).device == torch.device("cpu")
 
-    def test_the_module_of_cuda(self) -> None:
-        """torch.get_device_module("cuda") is torch.cuda; of the other devices it is theirs."""
-        assert torch.get_device_module("cuda") is torch.cuda
-        assert torch.get_device_module("cuda:1") is torch.cuda
-        assert torch.get_device_module("cpu") is torch.cpu
+    def test_the_module_of_cuda(self, as_module: Callable[..., Any]) -> None:
+        """The device module of the device that stands for cuda is torch.cuda; for torch and others it is theirs."""
+        place = torch.device("cuda")
+        for device in ("cuda", "cuda:1", place, place.type, None):
+            assert torch.get_device_module(device) is torch.cuda
+            compiled = torch.compile(
+                lambda x, device=device: x + torch.get_device_module(device).device_count(),
+                backend="eager",
+                fullgraph=True,
+            )
+            assert compiled(torch.ones(1)).item() == 3.0
+        assert torch.get_device_module("mps") is torch.mps
+        assert as_module("torch.distributed.fsdp", "torch.get_device_module('cpu')") is torch.cpu
 
 
 def test_copies_taken_before_are_translated() -> None:

@@ -94,4 +94,25 @@ def test_torch_chooses_by_the_truth() -> None:
     x = torch.ones(2)
     assert not hasattr(x, "__cuda_array_interface__")
     assert torch.typename(x) == "torch.FloatTensor"
-    assert torch.accelerator.current_accelerator() is None
+    assert torch._utils._get_available_device_type() is None
+
+
+@pytest.mark.usefixtures("facade")
+def test_properties_are_asked_by_the_truth(as_module: Callable[..., Any]) -> None:
+    """Properties of a device are the script's to see; torch, which takes them for a card's, gets torch's own error."""
+    assert as_module("train", "torch.cuda.get_device_properties(0)").major == 8
+    with pytest.raises(AssertionError, match="Invalid device id|CUDA"):
+        as_module("torch._inductor.codecache", "torch.cuda.get_device_properties(0)")
+    from torch._inductor.codecache import CacheBase
+
+    # What every mode of torch.compile that tunes kernels asks first, with the flag of compilation on.
+    for is_compiling in (False, True):
+        torch.compiler._is_compiling_flag, before = is_compiling, torch.compiler._is_compiling_flag
+        try:
+            assert list(CacheBase.get_system.__wrapped__()) == ["hash"]
+            for question in ("torch.cuda.is_available()", "torch.cuda.device_count()"):
+                told, truth = QUESTIONS[question]
+                assert as_module("train", question) == told
+                assert as_module("torch._inductor.utils", question) == truth
+        finally:
+            torch.compiler._is_compiling_flag = before

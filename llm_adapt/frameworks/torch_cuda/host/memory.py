@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -14,6 +15,33 @@ from llm_adapt.report import Report
 __all__ = ["functions", "host_memory"]
 
 _STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# What CUDA's allocator counts, as torch.cuda.memory_stats documents it.
+_KINDS = "allocation|segment|active|inactive_split|(?:allocated|reserved|active|inactive_split|requested)_bytes"
+_COUNTERS = re.compile(
+    rf"(?:{_KINDS})\.(?:all|large_pool|small_pool)\.(?:current|peak|allocated|freed)\Z"
+    r"|oversize_(?:allocations|segments)\.(?:current|peak|allocated|freed)\Z"
+    r"|num_(?:sync_all_streams|device_alloc|device_free)\Z|max_split_size\Z"
+)
+
+
+class MemoryStats(dict[str, int]):
+    """The figures that there are. A figure that only CUDA's allocator has reads 0, which is noted once.
+
+    torch.cuda.memory_stats does the same for an allocator that keeps no such count (cudaMallocAsync).
+    """
+
+    def __init__(self, figures: dict[str, int], report: Report) -> None:
+        super().__init__(figures)
+        self._report = report
+
+    def __missing__(self, name: str) -> int:
+        if _COUNTERS.match(str(name)) is None:
+            raise KeyError(name)
+        self._report.once(f"torch.cuda.memory_stats()[{name!r}]", "0", "the CPU's allocator keeps no such count")
+        return 0
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, int]]]:
+        return dict, (dict(self),)  # another process has no report to note in
 
 
 def host_memory() -> tuple[int, int]:
@@ -55,11 +83,11 @@ def functions(ordinal: Callable[[Any], int], report: Report) -> dict[str, Any]:
             report.once("torch.cuda.reset_peak_memory_stats", "no effect", f"{_CLEAR_PEAK} cannot be written")
 
     def memory_stats(device: Any = None) -> dict[str, int]:
-        """Process figures under the allocator's names; names the CPU has no figure for are absent."""
+        """Process figures under the allocator's names; see MemoryStats for those the CPU has no figure for."""
         now, high = resident(device), peak(device)
         kinds = ("allocated_bytes", "reserved_bytes", "active_bytes")
         stats = {f"{kind}.all.{when}": value for kind in kinds for when, value in (("current", now), ("peak", high))}
-        return {**stats, "num_ooms": 0, "num_alloc_retries": 0}
+        return MemoryStats({**stats, "num_ooms": 0, "num_alloc_retries": 0}, report)
 
     def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
         """The figures of memory_stats as text."""
