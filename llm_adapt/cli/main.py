@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import llm_adapt
-from llm_adapt.cli import doctor, run, worker
+from llm_adapt.cli import bench, diff, doctor, explain, run, worker
 from llm_adapt.errors import LlmAdaptError
 
 __all__ = ["build_parser", "main"]
@@ -17,6 +17,10 @@ _EXAMPLES = """examples:
   llm-adapt run --nproc 2 pretrain.py --lr 3e-4     any CUDA script, unchanged, on the device that is here
   llm-adapt run -m my_package.train                 a module instead of a file
   llm-adapt doctor                                  what this machine has, what is broken, how to mend it
+  llm-adapt ops                                     which kernel serves each fused operator here, and why
+  llm-adapt explain rms_norm --shape 8,1024,4096    who would serve that call, and why the others would not
+  llm-adapt diff a/report.json b/report.json        what two runs chose differently
+  llm-adapt bench --quick                           every operator against eager PyTorch, proved before it is timed
 """
 
 
@@ -32,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     run.add_parser(subparsers)
     doctor.add_parser(subparsers)
+    explain.add_parsers(subparsers)
+    diff.add_parser(subparsers)
+    bench.add_parser(subparsers)
     return parser
 
 

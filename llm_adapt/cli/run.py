@@ -60,6 +60,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--strict", action="store_true", default=None, help="reported skips become errors")
     parser.add_argument("--out", metavar="DIR", help="folder for report.json")
+    parser.add_argument("--ops", metavar="POLICY", help="which kernel library serves which op: attention=reference")
+    parser.add_argument("--proof", metavar="WHEN", help="when kernels are proved: off, first, strict or sample:N")
     parser.add_argument("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
     parser.add_argument("script", help="the script (with -m: the module)")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
@@ -77,7 +79,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 def run_script(args: argparse.Namespace) -> int:
     """Check everything that can be checked without starting a process, then start them."""
-    settings = resolve(**{name: getattr(args, name) for name in ("device", "strict", "cpu_devices", "out")})
+    settings = resolve(**{name: getattr(args, name) for name in SETTINGS})
     _check_nodes(args)
     ranks = _single_rank(args) if args.nproc == 1 and args.nnodes == 1 else _ranks_from_outside(args)
     _check_script(args)
@@ -122,7 +124,7 @@ def _as_variables(settings: Settings) -> dict[str, str]:
     found = {}
     for name, row in SETTINGS.items():
         value = getattr(settings, name)
-        if value is not None and value is not False:
+        if value != getattr(Settings(), name):
             found[row.variable] = str(int(value)) if isinstance(value, bool) else str(value)
     if settings.out is not None:
         found[SETTINGS["out"].variable] = _folder(settings.out)

@@ -193,6 +193,20 @@ class Dispatcher:
             return f"failed its proof: {verdict.reason}", verdict
         return "", verdict
 
+    def ask_all(self, arguments: dict[str, Any]) -> tuple[Call, dict[str, tuple[str, Verdict | None]]]:
+        """Ask every library in the order about a call, those after the first that serves too; nothing is bound.
+
+        Returns:
+            the call, and library -> (why it does not serve, "" when it does; the verdict of its proof).
+        """
+        call = self.describe(arguments)
+        chosen = policy_in_force().chosen(self.op.name, self.layer)
+        libraries = (*filter(lambda name: name not in ("", REFERENCE), (chosen,)), *policy_in_force().order)
+        return call, {
+            library: self._ask(library, call, lambda kernel: self.proved(kernel, call, arguments))
+            for library in dict.fromkeys(libraries)
+        }
+
     # -- proving ----------------------------------------------------------------------------------------------
 
     def proved(self, kernel: Kernel, call: Call, arguments: dict[str, Any]) -> Verdict | None:

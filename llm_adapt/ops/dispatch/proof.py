@@ -20,7 +20,7 @@ import torch
 from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
-__all__ = ["Verdict", "apart", "compare", "prove", "run_op"]
+__all__ = ["Verdict", "apart", "compare", "differentiable", "named_tensors", "prove", "run_op"]
 
 T = TypeVar("T")
 _MOST_ELEMENTS = 2**20  # of all tensors together; a larger call is proved on a part of it
@@ -117,14 +117,14 @@ def run_op(
         "output", or "output[0]", "output[1]" ... ; "gradient of x" ...; "x" for what is changed in place.
     """
     copies = {name: _copied(value, oracle) for name, value in arguments.items()}
-    wanted = _differentiable(op, copies) if with_gradients else []
+    wanted = differentiable(op, copies) if with_gradients else []
     for _, tensor in wanted:
         tensor.requires_grad_()
-    outputs = _named_tensors("output", function(**copies))
+    outputs = named_tensors("output", function(**copies))
     _check_inputs(op, copies, arguments)
     results = {name: value.detach() for name, value in outputs}
     for name in op.mutates:
-        results.update((key, value.detach()) for key, value in _named_tensors(name, copies.get(name)))
+        results.update((key, value.detach()) for key, value in named_tensors(name, copies.get(name)))
     reached = [(name, value) for name, value in outputs if value.requires_grad]
     if wanted and reached:
         upstream = [_upstream(value, index) for index, (_, value) in enumerate(reached)]
@@ -142,7 +142,7 @@ def run_op(
 def _check_inputs(op: FusedOp, copies: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Raises KernelError when an input was changed that the op does not change."""
     for name in copies.keys() - set(op.mutates):
-        before, after = _named_tensors(name, arguments[name]), _named_tensors(name, copies[name])
+        before, after = named_tensors(name, arguments[name]), named_tensors(name, copies[name])
         for (place, old), (_, new) in zip(before, after, strict=True):
             if not torch.equal(new.detach().cpu().nan_to_num(), old.detach().to("cpu", new.dtype).nan_to_num()):
                 raise KernelError(f"it changed {place}, which it may only read")
@@ -192,10 +192,10 @@ def _worst(found: torch.Tensor, wanted: torch.Tensor) -> str:
 
 
 def _elements(values: Iterable[Any]) -> int:
-    return sum(tensor.numel() for value in values for _, tensor in _named_tensors("", value))
+    return sum(tensor.numel() for value in values for _, tensor in named_tensors("", value))
 
 
-def _named_tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+def named_tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
     """The tensors of a value: itself, or the members of a tuple or list by index."""
     if isinstance(value, torch.Tensor):
         return [(name, value)]
@@ -222,11 +222,11 @@ def _is_injective(value: torch.Tensor) -> bool:
     return all(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
 
 
-def _differentiable(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+def differentiable(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     if op.mutates:
         return []
     names = arguments if op.differentiable is None else op.differentiable
-    pairs = [pair for name in names for pair in _named_tensors(name, arguments.get(name))]
+    pairs = [pair for name in names for pair in named_tensors(name, arguments.get(name))]
     return [(name, tensor) for name, tensor in pairs if tensor.is_floating_point()]
 
 
