@@ -188,7 +188,7 @@ def _op_lines() -> Iterator[Line]:
 def _lines(plan: Plan) -> Iterator[Line]:
     """The present state of every row: rows of modules imported since patch() are applied."""
     for row, status, detail in plan.outcomes():
-        subject = f"{row.target}[{row.key!r}]" if isinstance(row, Entry) else row.target
+        subject = f"{row.target}[{row.label or repr(row.key)}]" if isinstance(row, Entry) else row.target
         yield Line("patch", subject, status, detail or row.reason, _STATUS.get(status, "ok"))
 
 

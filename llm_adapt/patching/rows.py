@@ -73,6 +73,7 @@ class Entry(_Targeted):
         reason: one line for the report.
         key: key of the dict; None for a list.
         sort_key: order of the list, in which the value takes its place; None = at the end.
+        label: what the key stands for, where the key itself says nothing to a reader (an id).
     """
 
     target: str
@@ -80,6 +81,7 @@ class Entry(_Targeted):
     reason: str
     key: Any = None
     sort_key: Callable[[Any], Any] | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True, eq=False)

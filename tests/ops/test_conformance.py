@@ -10,7 +10,7 @@ import torch
 from llm_adapt.ops.dispatch.choice import refusal
 from llm_adapt.ops.dispatch.in_force import dispatchers, using
 from llm_adapt.ops.dispatch.policy import Policy
-from llm_adapt.ops.dispatch.proof import _differentiable, _named_tensors, compare, prove, run_op
+from llm_adapt.ops.dispatch.proof import differentiable, named_tensors, compare, prove, run_op
 from llm_adapt.ops.dispatch.registry import FusedOp, all_ops
 from tests.ops.cases import Case, cases, has_backward, host_kernels
 
@@ -46,12 +46,12 @@ def test_gradients_are_derivatives(case: Case) -> None:
     if not has_backward(case.op) or case.op.oracle is None:
         pytest.skip("no gradient flows through this op")
     doubles = {name: _double(value) for name, value in case.arguments.items()}
-    wanted = [tensor for _, tensor in _differentiable(case.op, doubles)]
+    wanted = [tensor for _, tensor in differentiable(case.op, doubles)]
     for tensor in wanted:
         tensor.requires_grad_()
 
     def outputs(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = _named_tensors("", case.op.reference(**doubles))
+        found = named_tensors("", case.op.reference(**doubles))
         return tuple(value for _, value in found if value.is_floating_point() and value.requires_grad)
 
     assert torch.autograd.gradcheck(outputs, tuple(wanted), fast_mode=True, atol=1e-5, rtol=1e-4)

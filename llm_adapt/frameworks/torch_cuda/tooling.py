@@ -142,6 +142,12 @@ def script_builtins(rows: Iterable[Row]) -> list[Row]:
         wrapper = row.new(original) if row.kind == "wrap" else row.new
         found.append(Patch(row.target, wrapper, row.reason))
         found.append(
-            Entry("torch.jit._builtins:_builtin_table", operator, "torch.jit.script knows it", key=id(wrapper))
+            Entry(
+                "torch.jit._builtins:_builtin_table",
+                operator,
+                "torch.jit.script knows it",
+                key=id(wrapper),
+                label=row.target,
+            )
         )
     return found
