@@ -239,8 +239,9 @@ def test_autocast_keeps_dtypes(entry: Entry) -> None:
 
 def test_autocast_can_cast() -> None:
     """An op declared so casts floating tensors inside autocast, as torch casts the inputs of attention."""
-    with toy_op(autocast="cast") as entry, torch.autocast("cpu", torch.bfloat16):
+    with toy_op(autocast=("x",)) as entry, torch.autocast("cpu", torch.bfloat16):
         assert entry(torch.randn(2, 3)).dtype == torch.bfloat16
+        assert entry(torch.randn(2, 3), torch.randn(3)).dtype == torch.float32  # the bias is not
         assert entry(torch.randn(2, 3).double()).dtype == torch.float64
 
 

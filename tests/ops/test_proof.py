@@ -340,3 +340,29 @@ def test_the_report_has_the_receipt(tmp_path: Path) -> None:
     assert (row["op"], row["library"], row["dtype"], row["calls"]) == ("rms_norm", "torch_native", "float32", 3)
     assert set(row["proof"]) == {"output", "gradient of x", "gradient of weight"}
     assert receipt() == []
+
+
+def test_a_wide_result_may_carry_a_narrow_rounding() -> None:
+    """With 16-bit inputs a float32 result is as exact as 16 bits are."""
+    with toy_op():
+        op = dispatchers["scaled"].op
+        wanted = {"output": torch.ones(4)}
+        found = {"output": torch.ones(4) + 2.0**-8}
+        assert not compare(op, found, wanted).holds
+        assert compare(op, found, wanted, {torch.float32, torch.bfloat16}).holds
+
+
+def test_a_gradient_that_the_op_does_not_promise_is_not_lost() -> None:
+    """A tensor outside `differentiable` that needs a gradient gets it from the reference."""
+    with (
+        toy_op(differentiable=("x",)) as entry,
+        toy_library("scaled", lambda x, bias=None, factor=2.0: x * factor + bias),
+    ):
+        with using(POLICY):
+            x, bias = torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+            entry(x, bias.detach())
+            entry(x, bias).sum().backward()
+            first, second = dispatchers["scaled"].bindings.values()
+            assert (first.choice.library, second.choice.library) == (TOY, "reference")
+            assert second.choice.refusals == {TOY: "gives no gradient of bias, which only the reference does"}
+            assert bias.grad is not None

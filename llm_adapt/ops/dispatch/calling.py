@@ -26,13 +26,15 @@ def positional(op: FusedOp, kernel: Kernel | None) -> Callable[..., Any]:
     return found
 
 
-def outside_autocast(function: Callable[..., Any], device: str, is_cast: bool) -> Callable[..., Any]:
-    """Call with autocast off; with the floating tensors cast first where autocast would have cast them."""
+def outside_autocast(op: FusedOp, function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Call with autocast off, which would cast inside the kernel; the op's own casts are made first."""
+    cast = [name in op.autocast for name in op.signature.parameters]
 
     def without_autocast(*arguments: Any) -> Any:
-        if is_cast:
-            dtype = torch.get_autocast_dtype(device)
-            arguments = tuple(_cast(item, dtype) for item in arguments)
+        dtype = torch.get_autocast_dtype(device)
+        arguments = tuple(
+            _cast(item, dtype) if is_cast else item for item, is_cast in zip(arguments, cast, strict=True)
+        )
         with torch.autocast(device, enabled=False):
             return function(*arguments)
 

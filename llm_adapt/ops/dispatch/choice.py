@@ -44,6 +44,9 @@ def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
             return "has no backward; serves in torch.inference_mode() only"
         if kernel.inference_only:
             return "serves in torch.inference_mode() only"
+        lost = [name for name, tensor in call.tensors.items() if tensor.needs_grad and not _is_differentiable(op, name)]
+        if lost:
+            return f"gives no gradient of {', '.join(lost)}, which only the reference does"
     if call.is_transformed and not kernel.functorch:
         return "does not serve inside vmap, grad and jvp"
     if call.is_deterministic and not kernel.deterministic:
@@ -54,6 +57,10 @@ def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
         return kernel.refuses(call) or ""
     except UnknownShapeError:
         return "decides by shapes, which are unknown while code is compiled"
+
+
+def _is_differentiable(op: FusedOp, name: str) -> bool:
+    return op.differentiable is None or name.partition("[")[0] in op.differentiable
 
 
 def proof_kind(call: Call, op: FusedOp) -> Any:

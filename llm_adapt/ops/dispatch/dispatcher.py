@@ -63,6 +63,7 @@ class Dispatcher:
         for dispatcher in (self, *map(dispatcher_of, self.layers.values())):
             dispatcher.table.clear()
             dispatcher.recent.clear()
+            dispatcher.entry.__globals__["_version"] += 1  # compiled code is guarded by it, and compiled anew
 
     def start_over(self) -> None:
         """Forget everything that was learned of this op's kernels."""
@@ -97,15 +98,17 @@ class Dispatcher:
 
         Kernels are proved there on the op's own inputs of that dtype, with the options of the call.
         """
-        key = ("compiled", tensors, options)
+        is_autocast = torch._C._is_any_autocast_enabled()
+        key = ("compiled", is_autocast, tensors, options)
         found = self.table.get(key)
         if found is None:
             policy, call = policy_in_force(), self._traced_call(tensors, options)
             choice = self.choose(call, lambda kernel: self.proved_on_samples(kernel, call))
             found = self._remember(key, call, choice, policy)
-        self.compiled.setdefault(found.choice.library, found.call)
         found.calls += 1
-        return found.choice.library
+        name = f"{found.choice.library} {'outside autocast' if is_autocast else ''}"
+        self.compiled.setdefault(name, found.call)
+        return name
 
     def _traced_call(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Call:
         named: dict[str, TensorFacts] = {}
@@ -259,8 +262,8 @@ class Dispatcher:
         function = positional(self.op, self.op.kernels.get(library))
         if policy_in_force().proof.every and library != REFERENCE and not call.is_compiling:
             function = self._sampled(function, self.op.kernels[library], call)
-        if torch._C._is_any_autocast_enabled() and not call.is_compiling:
-            function = outside_autocast(function, call.device, is_cast=self.op.autocast == "cast")
+        if torch._C._is_any_autocast_enabled():
+            function = outside_autocast(self.op, function, call.device)
         return function
 
     def _sampled(self, function: Callable[..., Any], kernel: Kernel, call: Call) -> Callable[..., Any]:

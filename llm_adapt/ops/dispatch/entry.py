@@ -61,6 +61,7 @@ def make_entry(op: FusedOp, dispatch: Dispatch) -> Callable[..., Any]:
         "_recent": dispatch.recent.get,
         "_lookup": dispatch.table.get,
         "_bind": dispatch.bind,
+        "_version": 0,
         "_traced": _constant(dispatch.traced),
         "_compiled": dispatch.compiled,
         "_reject": dispatch.reject,
@@ -102,12 +103,13 @@ def _source(op: FusedOp) -> str:
     options = "".join(f"{part}, " for part in (*static, *(f"{name} is None" for name in optional)))
     facts = ", ".join(_key_part(op, name) for name in tensors) or "None"
     traced_tensors = " + ".join(_traced_part(op, name) for name in tensors) or "()"
-    traced_options = "".join(f"({name!r}, {name}), " for name in static)
+    # A member of a set is a constant to dynamo, where a number may be a symbol (dynamic=True).
+    traced_options = "".join(f"({name!r}, *{{{name}}}), " for name in static)
     place = f"_ordinal({tensors[0]})" if tensors and op.kinds[tensors[0]] == "tensor" else "None"
     return (
         f"def {op.name}{_parameters(op)}:\n"
         f"    if _is_compiling():\n"
-        f"        return _compiled[_traced({traced_tensors}, ({traced_options}))]({arguments})\n"
+        f"        return _compiled[_traced(_version, {traced_tensors}, ({traced_options}))]({arguments})\n"
         f"    try:\n"
         f"        options = ({options}_is_deterministic())\n"
         f"        for check, binding in _recent(options, ()):\n"
@@ -131,7 +133,7 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     As torch.compiler.assume_constant_result does, without importing dynamo, which takes over a second.
     """
 
-    def constant(*args: Any) -> Any:  # dynamo takes plain values from it, no functions: hence a key
+    def constant(version: int, *args: Any) -> Any:  # dynamo takes plain values from it, no functions: hence a key
         return function(*args)
 
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

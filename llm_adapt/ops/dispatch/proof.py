@@ -20,7 +20,7 @@ import torch
 from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
-__all__ = ["Verdict", "apart", "compare", "differentiable", "named_tensors", "prove", "run_op"]
+__all__ = ["Verdict", "apart", "compare", "differentiable", "float_dtypes", "named_tensors", "prove", "run_op"]
 
 T = TypeVar("T")
 _MOST_ELEMENTS = 2**20  # of all tensors together; a larger call is proved on a part of it
@@ -94,7 +94,7 @@ def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -
     except Exception as error:  # noqa: BLE001 - whatever it raises is why it does not serve
         found = Verdict(False, f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     else:
-        found = compare(op, ours, expected)
+        found = compare(op, ours, expected, float_dtypes(small))
     case = "" if found.holds or not cases else _save(op, kernel, small, Path(cases))
     seconds = time.perf_counter() - start
     return Verdict(found.holds, found.reason, found.errors, seconds, case, small is not arguments and not op.random)
@@ -144,12 +144,25 @@ def _check_inputs(op: FusedOp, copies: Mapping[str, Any], arguments: Mapping[str
     for name in copies.keys() - set(op.mutates):
         before, after = named_tensors(name, arguments[name]), named_tensors(name, copies[name])
         for (place, old), (_, new) in zip(before, after, strict=True):
-            if not torch.equal(new.detach().cpu().nan_to_num(), old.detach().to("cpu", new.dtype).nan_to_num()):
+            if not torch.equal(_bytes(new), _bytes(old.to(new.dtype))):
                 raise KernelError(f"it changed {place}, which it may only read")
 
 
-def compare(op: FusedOp, ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Verdict:
-    """Compare results by name. A result or gradient that only one side has is a failure."""
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def compare(
+    op: FusedOp,
+    ours: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    dtypes: Iterable[torch.dtype] = (),
+) -> Verdict:
+    """Compare results by name. A result or gradient that only one side has is a failure.
+
+    Args:
+        dtypes: of the inputs: a wide result may carry a rounding to the narrowest of them.
+    """
     errors: dict[str, float] = {}
     for name in expected:
         if name not in ours:
@@ -157,7 +170,8 @@ def compare(op: FusedOp, ours: Mapping[str, torch.Tensor], expected: Mapping[str
         found, wanted = ours[name].detach().cpu(), expected[name].detach().cpu()
         if found.shape != wanted.shape:
             return Verdict(False, f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}", errors)
-        rtol = op.tolerance.rtol(found.dtype, is_gradient=name.startswith("gradient"))
+        is_gradient = name.startswith("gradient")
+        rtol = max(op.tolerance.rtol(dtype, is_gradient) for dtype in (found.dtype, *dtypes))
         errors[name] = _error(found, wanted, rtol)
         if not errors[name] <= 1.0:
             return Verdict(False, f"{name} is wrong: {_worst(found, wanted)}", errors)
@@ -189,6 +203,12 @@ def _worst(found: torch.Tensor, wanted: torch.Tensor) -> str:
     place = int(difference.argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(place), a.shape)]
     return f"{float(a.flatten()[place]):.6g} instead of {float(b.flatten()[place]):.6g} at {index}"
+
+
+def float_dtypes(arguments: Mapping[str, Any]) -> set[torch.dtype]:
+    """Floating-point dtypes of the tensors among the arguments."""
+    tensors = (tensor for value in arguments.values() for _, tensor in named_tensors("", value))
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
 def _elements(values: Iterable[Any]) -> int:

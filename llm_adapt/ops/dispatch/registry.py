@@ -100,7 +100,8 @@ class FusedOp:
         mutates: parameters that are changed in place; they are results then, and there is no gradient.
         dynamic: options that are part of no key: numbers that change from call to call without changing the kernel.
         random: option that says how much is random; proofs set it to 0.
-        autocast: "keep" = computed in the dtypes given; "cast" = floating tensors are cast as torch.autocast would.
+        autocast: parameters that are cast inside torch.autocast, as it casts the inputs of a product; without them
+            the op computes in the dtypes it is given.
         oracle: dtype of the reference in proofs; None = the call's own (ops whose result is a rounding).
         shrink: arguments -> arguments of a smaller call that uses the same code; called above a size limit.
         example: (generator, dtype, shape of the first tensor) -> arguments of a common call; for explain and bench.
@@ -114,7 +115,7 @@ class FusedOp:
     mutates: tuple[str, ...] = ()
     dynamic: frozenset[str] = frozenset()
     random: str = ""
-    autocast: typing.Literal["keep", "cast"] = "keep"
+    autocast: tuple[str, ...] = ()
     oracle: torch.dtype | None = torch.float64
     shrink: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     example: Callable[[torch.Generator, torch.dtype, tuple[int, ...]], dict[str, Any]] | None = None
@@ -125,9 +126,14 @@ class FusedOp:
         self.name = self.reference.__name__
         self.signature = inspect.signature(self.reference)
         self.kinds = _kinds(self.reference)
-        unknown = {*(self.differentiable or ()), *self.mutates, *self.dynamic, *filter(None, [self.random])} - set(
-            self.signature.parameters
-        )
+        named = {
+            *(self.differentiable or ()),
+            *self.mutates,
+            *self.dynamic,
+            *self.autocast,
+            *filter(None, [self.random]),
+        }
+        unknown = named - set(self.signature.parameters)
         if unknown:
             raise KernelError(f"Op {self.name} was declared with {sorted(unknown)}, which its reference does not take.")
 

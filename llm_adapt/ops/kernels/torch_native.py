@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from llm_adapt.ops.attention_parts.sdpa import sdpa
+from llm_adapt.ops.attention_parts.cache import CacheRequest
+from llm_adapt.ops.attention_parts.sdpa import sdpa, sdpa_of_cache, why_not_sdpa
 from llm_adapt.ops.dispatch import Call, kernel
 from llm_adapt.ops.glu import split
 from llm_adapt.ops.grouped_gemm import row_experts
+from llm_adapt.ops.quantize_int8 import rounded_rows
 
 __all__ = [
     "activation",
@@ -19,9 +21,11 @@ __all__ = [
     "add_rms_norm",
     "clip_grads",
     "cross_entropy",
+    "decode_attention",
     "glu",
     "grouped_gemm",
     "layer_norm",
+    "linear_int8",
     "multi_tensor_l2norm",
     "multi_tensor_scale",
     "rms_norm",
@@ -155,18 +159,7 @@ def clip_grads(
         return norm
 
 
-def _not_for_sdpa(call: Call) -> str | None:
-    if call.layout == "thd":
-        return "scaled_dot_product_attention does not take packed sequences"
-    mask = call.mask
-    if mask is not None and mask.dtype not in (torch.bool, call.q.dtype):
-        return f"scaled_dot_product_attention would round the {mask.dtype} mask to {call.q.dtype}"
-    if call.deterministic and call.device != "cpu":
-        return "the backward is not deterministic unless torch.use_deterministic_algorithms asks for it"
-    return None
-
-
-@kernel("attention", "scaled_dot_product_attention of torch 2.13", refuses=_not_for_sdpa, compilable=True)
+@kernel("attention", "scaled_dot_product_attention of torch 2.13", refuses=why_not_sdpa, compilable=True)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -202,6 +195,25 @@ def cross_entropy(
     loss = F.cross_entropy(wide, index, weight, None, ignore_index, None, reduction, label_smoothing)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return loss, torch.zeros_like(loss, requires_grad=False)
+
+
+@kernel("decode_attention", "scaled_dot_product_attention of torch 2.13", compilable=True)
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    causal: Literal["none", "bottom_right"] = "bottom_right",
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention on a copy of the keys and values that are seen, in their own dtype."""
+    cache = q, k_cache, v_cache, cache_seqlens, block_table, None, None, cache_batch_idx, cache_leftpad, None, None
+    return sdpa_of_cache(CacheRequest(*cache, causal, window_left, window_right, scale, 0.0))
 
 
 @kernel("glu", "torch.nn.functional", refuses=_other_activations, compilable=True, functorch=True)
@@ -275,18 +287,48 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def _not_for_int_mm(call: Call) -> str | None:
+    if call.device not in ("cpu", "cuda"):
+        return "torch._int_mm has kernels on the CPU and on CUDA"
+    if call.x.shape[-1] == 1:
+        return "torch._int_mm of torch 2.13 is wrong for one column on the CPU"
+    rows = call.x.shape[:-1].numel()
+    if call.device == "cuda" and (rows <= 16 or any(size % 8 for size in call.weight.shape)):
+        return "torch._int_mm takes more than 16 rows, and columns in eights"
+    return None
+
+
+@kernel("linear_int8", "torch._int_mm of torch 2.13", refuses=_not_for_int_mm)
+def linear_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    smooth_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product of integers in one kernel."""
+    with torch.no_grad():
+        q, scale = rounded_rows(x, smooth_scale)
+        product = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.t()).view(*q.shape[:-1], weight.shape[0])
+        y = product.float() * (scale.unsqueeze(-1) * weight_scale.float())
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
 @kernel("multi_tensor_l2norm", "torch._foreach_norm of torch 2.13", refuses=_not_one_kind)
 def multi_tensor_l2norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """A few kernels for the whole list."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     with torch.no_grad():
         norms = torch._foreach_norm(tensors, 2, wide)
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
 
 def _other_outputs(call: Call) -> str | None:
     if call.found_inf is not None and (call.found_inf.dtype != torch.float32 or call.found_inf.ndim > 1):
         return "takes a found_inf of float32"
+    if call.dtype == torch.float64:
+        return "scales by a float32 number"
     return _not_one_kind(call)
 
 
@@ -305,7 +347,7 @@ def multi_tensor_scale(
         factor = torch.full((1,), scale, device=device)
         if device_scale is not None:
             factor = factor * device_scale.to(device, torch.float32).reshape(1)
-        if tensors[0] is not outputs[0]:
+        if any(tensor is not output for tensor, output in zip(tensors, outputs, strict=True)):
             torch._foreach_copy_(outputs, tensors)
         torch._amp_foreach_non_finite_check_and_unscale_(outputs, flag, factor)
 
