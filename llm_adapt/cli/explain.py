@@ -78,7 +78,8 @@ def run_ops(args: argparse.Namespace) -> int:
 
         for op in all_ops().values():
             for dtype in dtypes:
-                rows.append(_answer(op, next(_inputs(op, parse_dtype(dtype)))))
+                found = _answer(op, next(_inputs(op, parse_dtype(dtype))))
+                rows.append(found | {"dtype": str(parse_dtype(dtype)).removeprefix("torch.")})
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0

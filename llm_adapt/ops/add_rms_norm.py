@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from llm_adapt.ops.dispatch import fused_op
+from llm_adapt.ops.dispatch import HIDDEN_SIZES, fused_op
 from llm_adapt.ops.rms_norm import FLOATS, FORMS, Form, check_norm, normalised, result_of, shrink_rows, weighted
 
 __all__ = ["add_rms_norm"]
@@ -33,7 +33,12 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str
     yield {"x": draw(7, 40), "residual": draw(7, 40).float(), "weight": draw(40), "result_dtype": "x"}
 
 
-@fused_op(inputs=_inputs, shrink=shrink_rows)
+def _example(generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
+    x, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    return {"x": x, "residual": residual, "weight": torch.rand(shape[-1], generator=generator).to(dtype)}
+
+
+@fused_op(inputs=_inputs, shrink=shrink_rows, example=_example, sizes=HIDDEN_SIZES)
 def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from llm_adapt.ops.dispatch import fused_op
+from llm_adapt.ops.dispatch import HIDDEN_SIZES, fused_op
 from llm_adapt.ops.rms_norm import RESULT_DTYPES, ResultDtype, check_norm, result_of, shrink_rows, weighted
 
 __all__ = ["layer_norm"]
@@ -33,7 +33,13 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str
     yield {"x": draw(7, 40).float(), "weight": draw(40), "bias": draw(40), "result_dtype": "weight"}
 
 
-@fused_op(inputs=_inputs, shrink=shrink_rows)
+def _example(generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weight, bias = (torch.rand(shape[-1], generator=generator).to(dtype) for _ in range(2))
+    return {"x": x, "weight": weight, "bias": bias}
+
+
+@fused_op(inputs=_inputs, shrink=shrink_rows, example=_example, sizes=HIDDEN_SIZES)
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,

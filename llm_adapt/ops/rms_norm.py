@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from llm_adapt.ops.dispatch import fused_op
+from llm_adapt.ops.dispatch import HIDDEN_SIZES, fused_op
 
 __all__ = ["rms_norm"]
 
@@ -106,7 +106,12 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str
     yield {"x": draw(7, 40).float(), "weight": draw(40), "form": "one_plus", "result_dtype": "weight"}
 
 
-@fused_op(inputs=_inputs, shrink=shrink_rows)
+def _example(generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
+    x = torch.randn(shape, generator=generator).to(dtype)
+    return {"x": x, "weight": torch.rand(shape[-1], generator=generator).to(dtype)}
+
+
+@fused_op(inputs=_inputs, shrink=shrink_rows, example=_example, sizes=HIDDEN_SIZES)
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.nn import functional as F
 
-from llm_adapt.ops.dispatch import fused_op
+from llm_adapt.ops.dispatch import HEAD_SIZES, fused_op
 
 __all__ = ["rope"]
 
@@ -83,7 +83,15 @@ def _corner(tensor: torch.Tensor, keep: dict[int, int]) -> torch.Tensor:
     return part.contiguous() if tensor.is_contiguous() else part
 
 
-@fused_op(inputs=_inputs, differentiable=("x",), shrink=_shrink)
+def _example(generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
+    batch, positions, heads, size = shape
+    angles = torch.rand(positions, size // 2, generator=generator) * 6.28
+    angles = torch.cat([angles, angles], -1)
+    x = torch.randn(batch, positions, heads, size, generator=generator).to(dtype)
+    return {"x": x, "cos": angles.cos(), "sin": angles.sin()}
+
+
+@fused_op(inputs=_inputs, differentiable=("x",), shrink=_shrink, example=_example, sizes=HEAD_SIZES)
 def rope(
     x: torch.Tensor,
     cos: torch.Tensor,

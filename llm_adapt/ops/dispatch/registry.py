@@ -44,6 +44,12 @@ Refusal = Callable[[Call], str | None]
 Inputs = Callable[[torch.Generator, torch.dtype], Iterator[dict[str, Any]]]
 
 
+# Hidden states [B, S, H] as large models have them; the labels are those of `llm-adapt bench`.
+HIDDEN_SIZES = {"Llama-3-8B": (1, 2048, 4096), "Qwen2.5-72B": (1, 2048, 8192)}
+# Heads [B, S, H, D] of queries.
+HEAD_SIZES = {"Llama-3-8B": (1, 2048, 32, 128), "Qwen2.5-72B": (1, 2048, 64, 128)}
+
+
 def _never(call: Call) -> str | None:
     return None
 
