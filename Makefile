@@ -13,15 +13,15 @@ train: ## set up, then train a small GPT with Megatron-Core on this machine, TP=
 	$$python -m llm_adapt.cli run --nproc $(NPROC) --out $(OUT) examples/pretrain_gpt.py --out $(OUT)
 
 test: ## set up, then check style, types, layers and run the tests (about 15 minutes on 2 cores)
-	@python=$$(scripts/environment.sh megatron,dev) && set -x && \
+	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
 	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && \
 	$$(dirname $$python)/lint-imports && $$python -m pytest
 
 test-all: ## the tests with the slow ones
-	@python=$$(scripts/environment.sh megatron,dev) && set -x && $$python -m pytest -m ''
+	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && $$python -m pytest -m ''
 
 lint: ## style, types and layers only
-	@python=$$(scripts/environment.sh megatron,dev) && set -x && \
+	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
 	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && $$(dirname $$python)/lint-imports
 
 bench: ## what the facade costs per call, beside the unpatched call
