@@ -245,6 +245,33 @@ def test_autocast_can_cast() -> None:
         assert entry(torch.randn(2, 3).double()).dtype == torch.float64
 
 
+def test_autocast_decides_before_kernels_do() -> None:
+    """Kernels are asked, and proved, about what they will get: the tensors as autocast casts them."""
+    seen: list[torch.dtype] = []
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.dtype)
+        return x * 2
+
+    refuses: Any = lambda call: None if call.x.dtype == torch.bfloat16 else "takes bfloat16"  # noqa: E731
+    with toy_op(autocast=("x",)) as entry, toy_library("scaled", kernel, refuses=refuses), using(POLICY):
+        with torch.autocast("cpu", torch.bfloat16):
+            entry(torch.randn(2, 3))
+        assert (last().choice.library, set(seen)) == (TOY, {torch.bfloat16})
+
+
+def test_a_dynamic_number_is_not_dropped_either() -> None:
+    """Its value is part of no key, but whether it was given is; a hint may be left out by any kernel."""
+    with toy_op(dynamic=frozenset({"factor"})) as entry, toy_library("scaled", lambda x: x * 2), using(POLICY):
+        x = torch.ones(2)
+        assert [float(entry(x, factor=factor)[0]) for factor in (2.0, 5.0, 3.0, 2.0)] == [2.0, 5.0, 3.0, 2.0]
+        assert {binding.choice.library: binding.calls for binding in bindings()} == {TOY: 2, "reference": 2}
+    with toy_op(hints=frozenset({"factor"})) as entry, toy_library("scaled", lambda x: x * 2), using(POLICY):
+        entry(torch.ones(2), factor=2.0)
+        entry(torch.ones(2), factor=5.0)
+        assert {binding.choice.library for binding in bindings()} == {TOY}
+
+
 def test_an_explicit_choice_never_falls_back(entry: Entry) -> None:
     """What the user asks for works, or raises with the reason and the call."""
     with toy_library("scaled", double):

@@ -9,7 +9,7 @@ import torch
 
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
-__all__ = ["outside_autocast", "positional"]
+__all__ = ["as_autocast", "outside_autocast", "positional"]
 
 
 def positional(op: FusedOp, kernel: Kernel | None) -> Callable[..., Any]:
@@ -26,21 +26,25 @@ def positional(op: FusedOp, kernel: Kernel | None) -> Callable[..., Any]:
     return found
 
 
+def as_autocast(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as a kernel gets them: inside autocast those that the op declares are cast as torch's own do."""
+    if not op.autocast or not torch._C._is_any_autocast_enabled():
+        return arguments
+    return arguments | {name: _cast(arguments[name]) for name in op.autocast}
+
+
 def outside_autocast(op: FusedOp, function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Call with autocast off, which would cast inside the kernel; the op's own casts are made first."""
-    cast = [name in op.autocast for name in op.signature.parameters]
+    is_cast = [name in op.autocast for name in op.signature.parameters]
 
     def without_autocast(*arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        arguments = tuple(
-            _cast(item, dtype) if is_cast else item for item, is_cast in zip(arguments, cast, strict=True)
-        )
+        arguments = tuple(_cast(item) if cast else item for item, cast in zip(arguments, is_cast, strict=True))
         with torch.autocast(device, enabled=False):
             return function(*arguments)
 
     return without_autocast
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any) -> Any:
     is_float = isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return value.to(dtype) if is_float else value
+    return value.to(torch.get_autocast_dtype(value.device.type)) if is_float else value

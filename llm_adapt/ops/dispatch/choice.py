@@ -31,7 +31,7 @@ class Choice:
 
 def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
     """Why a kernel may not serve a call, whatever it computes; "" when it may."""
-    dropped = sorted(call.given - kernel.honours)
+    dropped = sorted(call.given - kernel.honours - op.hints)
     if dropped:
         return f"does not honour {', '.join(dropped)}"
     if any(not tensor.is_plain for tensor in call.tensors.values()):
@@ -73,5 +73,5 @@ def proof_kind(call: Call, op: FusedOp) -> Any:
         (name, t.dtype, t.device, tuple(map(coarse, t.shape[:-1])), t.shape[-1:], t.is_contiguous)
         for name, t in call.tensors.items()
     )
-    options = tuple((name, value) for name, value in call.options.items() if name not in op.dynamic)
+    options = tuple((name, value) for name, value in call.options.items() if name not in op.dynamic | op.hints)
     return tensors, options, call.is_inference

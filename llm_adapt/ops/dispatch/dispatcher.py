@@ -12,7 +12,7 @@ import torch
 from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch import registry
 from llm_adapt.ops.dispatch.call import Call, TensorFacts, describe, same
-from llm_adapt.ops.dispatch.calling import outside_autocast, positional
+from llm_adapt.ops.dispatch.calling import as_autocast, outside_autocast, positional
 from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
 from llm_adapt.ops.dispatch.entry import make_entry, tensor_check
 from llm_adapt.ops.dispatch.in_force import dispatchers, lock, policy_in_force
@@ -87,7 +87,7 @@ class Dispatcher:
     def bind(self, options: Any, key: Any, arguments: tuple[Any, ...]) -> Binding:
         """Choose for a new key, and remember. Holds no lock: a proof may come by here for another op."""
         policy = policy_in_force()
-        named: dict[str, Any] = dict(zip(self.op.signature.parameters, arguments, strict=True))
+        named = as_autocast(self.op, dict(zip(self.op.signature.parameters, arguments, strict=True)))
         call = self.describe(named)
         choice = self.choose(call, lambda kernel: self.proved(kernel, call, named))
         check = None if call.device == "meta" else tensor_check(self.op, arguments)
@@ -112,7 +112,9 @@ class Dispatcher:
 
     def _traced_call(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Call:
         named: dict[str, TensorFacts] = {}
-        for name, dtype, device, needs_grad in tensors:
+        for name, given_dtype, device, needs_grad in tensors:
+            is_cast = name in self.op.autocast and torch._C._is_any_autocast_enabled()
+            dtype = torch.get_autocast_dtype(device) if is_cast else given_dtype
             key = name if self.op.kinds[name] == "tensor" else f"{name}[{sum(k.startswith(name + '[') for k in named)}]"
             named[key] = TensorFacts(None, dtype, device, needs_grad, True, True, "Tensor")
         values = self.op.defaults | dict(options)
@@ -252,7 +254,6 @@ class Dispatcher:
         if policy_in_force().strict or policy_in_force().proof.raises:
             raise KernelError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        log.warning("%s", message)
         self.forget()
 
     # -- calling ----------------------------------------------------------------------------------------------

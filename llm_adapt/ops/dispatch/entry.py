@@ -98,13 +98,18 @@ def _source(op: FusedOp) -> str:
     names = list(op.signature.parameters)
     arguments = ", ".join(names) + ","
     tensors = [name for name in names if op.kinds[name] != "option"]
-    static = [name for name in names if op.kinds[name] == "option" and name not in op.dynamic]
+    static = [name for name in names if op.kinds[name] == "option" and name not in op.dynamic | op.hints]
     optional = [name for name in tensors if name in op.defaults]
-    options = "".join(f"{part}, " for part in (*static, *(f"{name} is None" for name in optional)))
+    # Of a number that changes from call to call, whether it was given: a kernel that does not take it must not serve.
+    given = [f"{name} == _default_{name}" for name in op.defaults if name in op.dynamic - op.hints]
+    options = "".join(f"{part}, " for part in (*static, *given, *(f"{name} is None" for name in optional)))
     facts = ", ".join(_key_part(op, name) for name in tensors) or "None"
     traced_tensors = " + ".join(_traced_part(op, name) for name in tensors) or "()"
     # A member of a set is a constant to dynamo, where a number may be a symbol (dynamic=True).
     traced_options = "".join(f"({name!r}, *{{{name}}}), " for name in static)
+    traced_options += "".join(
+        f"({part.split()[0]!r}, _default_{part.split()[0]} if {part} else 'given'), " for part in given
+    )
     place = f"_ordinal({tensors[0]})" if tensors and op.kinds[tensors[0]] == "tensor" else "None"
     return (
         f"def {op.name}{_parameters(op)}:\n"

@@ -104,7 +104,8 @@ class FusedOp:
         tolerance: how far a kernel may be from the float64 reference.
         differentiable: parameters that may receive a gradient; all floating-point tensors unless given.
         mutates: parameters that are changed in place; they are results then, and there is no gradient.
-        dynamic: options that are part of no key: numbers that change from call to call without changing the kernel.
+        dynamic: options whose value is part of no key: numbers that change from call to call, not the kernel.
+        hints: options that may help a kernel and change no result, so that a kernel need not take them.
         random: option that says how much is random; proofs set it to 0.
         autocast: parameters that are cast inside torch.autocast, as it casts the inputs of a product; without them
             the op computes in the dtypes it is given.
@@ -120,6 +121,7 @@ class FusedOp:
     differentiable: tuple[str, ...] | None = None
     mutates: tuple[str, ...] = ()
     dynamic: frozenset[str] = frozenset()
+    hints: frozenset[str] = frozenset()
     random: str = ""
     autocast: tuple[str, ...] = ()
     oracle: torch.dtype | None = torch.float64
@@ -136,6 +138,7 @@ class FusedOp:
             *(self.differentiable or ()),
             *self.mutates,
             *self.dynamic,
+            *self.hints,
             *self.autocast,
             *filter(None, [self.random]),
         }
@@ -155,7 +158,9 @@ class FusedOp:
         for given in self.inputs(torch.Generator().manual_seed(0), call.dtype or torch.float32):
             case = self.bind(**given)
             tensors = {name for name, kind in self.kinds.items() if kind != "option" and case[name] is not None}
-            options = [name for name, kind in self.kinds.items() if kind == "option" and name not in self.dynamic]
+            options = [
+                name for name, kind in self.kinds.items() if kind == "option" and name not in self.dynamic | self.hints
+            ]
             if tensors == present and all(same(case[name], call.options[name]) for name in options):
                 yield {name: _on(value, call.device) for name, value in case.items()}
 
