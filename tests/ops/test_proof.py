@@ -70,6 +70,7 @@ WRONG: dict[str, Callable[..., Any]] = {
     "a wrong gradient": lambda x: _WrongGradient.apply(x),
     "detached": lambda x: (x * 2).detach(),
     "another shape": lambda x: (x * 2)[None],
+    "another dtype": lambda x: (x * 2).double(),
     "one wrong element": lambda x: x * torch.ones_like(x).mul_(2).index_fill_(-1, torch.tensor([0]), 2.1),
     "not a number": lambda x: x * 2 + torch.full_like(x, math.nan),
     "infinite": lambda x: x * 2 / 0,
@@ -364,3 +365,13 @@ def test_a_gradient_that_the_op_does_not_promise_is_not_lost() -> None:
             assert (first.choice.library, second.choice.library) == (TOY, "reference")
             assert second.choice.refusals == {TOY: "gives no gradient of bias, which only the reference does"}
             assert bias.grad is not None
+
+
+def test_sizes_that_do_not_fit_are_an_error_after_a_proof_too() -> None:
+    """A call of the same size class whose tensors do not fit each other reaches the reference, which refuses it."""
+    from llm_adapt.ops.add_rms_norm import add_rms_norm
+
+    with using(Policy(order=("torch_native",))):
+        add_rms_norm(torch.ones(300, 8), torch.ones(300, 8))
+        with pytest.raises(ValueError, match="pass equal shapes"):
+            add_rms_norm(torch.ones(300, 8), torch.ones(301, 8))

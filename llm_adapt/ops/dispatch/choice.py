@@ -64,13 +64,19 @@ def _is_differentiable(op: FusedOp, name: str) -> bool:
 
 
 def proof_kind(call: Call, op: FusedOp) -> Any:
-    """What a proof holds for: the call with its long axes counted in powers of two, and as multiples of 16 or not."""
+    """What a proof holds for.
+
+    Axes up to 16 and last axes count as they are; longer ones by their power of two, whether they are multiples of 16,
+    and which of them are equal: tensors whose sizes do not fit are then a kind of their own, and the reference, run
+    by the proof, says so.
+    """
+    order: dict[int, int] = {}
 
     def coarse(size: int) -> Any:
-        return size if size <= 16 else (size.bit_length(), size % 16 == 0)
+        return size if size <= 16 else (order.setdefault(size, len(order)), size.bit_length(), size % 16 == 0)
 
     tensors = tuple(
-        (name, t.dtype, t.device, tuple(map(coarse, t.shape[:-1])), t.shape[-1:], t.is_contiguous)
+        (name, t.dtype, t.device, tuple(map(coarse, t.shape)), t.shape[-1:], t.is_contiguous)
         for name, t in call.tensors.items()
     )
     options = tuple((name, value) for name, value in call.options.items() if name not in op.dynamic | op.hints)

@@ -95,6 +95,8 @@ def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -
         found = Verdict(False, f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     else:
         found = compare(op, ours, expected, float_dtypes(small))
+        if found.holds:
+            found = _same_dtypes(ours, run_op(op, op.reference, small, with_gradients=False)) or found
     case = "" if found.holds or not cases else _save(op, kernel, small, Path(cases))
     seconds = time.perf_counter() - start
     return Verdict(found.holds, found.reason, found.errors, seconds, case, small is not arguments and not op.random)
@@ -176,6 +178,14 @@ def compare(
         if not errors[name] <= 1.0:
             return Verdict(False, f"{name} is wrong: {_worst(found, wanted)}", errors)
     return Verdict(True, "", errors)
+
+
+def _same_dtypes(ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Verdict | None:
+    """A verdict when a result has another dtype than the reference's, run in the call's own dtypes."""
+    for name, value in plain.items():
+        if ours[name].dtype != value.dtype:
+            return Verdict(False, f"{name} is {ours[name].dtype}, not {value.dtype}")
+    return None
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor, rtol: float) -> float:
