@@ -1,0 +1,1 @@
+"""What the attention ops and their PyTorch kernels share: layouts, places, dropout, the softmax. No op stands here."""

@@ -1,0 +1,117 @@
+"""Attention through torch.nn.functional.scaled_dot_product_attention, where it computes the very same.
+
+Its is_causal is aligned top-left. What else hides keys is given as a mask, which costs Sq * Sk elements once for all
+heads; a query that would see no key sees all of them, and its output is put to 0 afterwards, because torch's backends
+differ there (0 or NaN). Letters as in llm_adapt/ops/attention.py.
+Source: documentation of the function in torch 2.13; aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (what each
+CUDA backend takes).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from llm_adapt.ops.attention_parts.cache import CacheRequest
+from llm_adapt.ops.attention_parts.layouts import from_heads_first, to_heads_first
+from llm_adapt.ops.attention_parts.places import dense_places
+from llm_adapt.ops.dispatch import Call
+
+__all__ = ["sdpa", "sdpa_of_cache", "why_not_sdpa"]
+
+
+def why_not_sdpa(call: Call) -> str | None:
+    """Why a call of attention whose arguments sdpa all honours is not for it; None when it is."""
+    if call.layout == "thd":
+        return "scaled_dot_product_attention does not take packed sequences"
+    mask = call.mask
+    if mask is not None and mask.dtype not in (torch.bool, call.q.dtype):
+        return f"scaled_dot_product_attention would round the {mask.dtype} mask to {call.q.dtype}"
+    if call.deterministic and call.device != "cpu":
+        return "the backward is not deterministic unless torch.use_deterministic_algorithms asks for it"
+    return None
+
+
+def sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: str,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of one sequence for each batch entry; arguments and result as of `attention`."""
+    query, key, value = (to_heads_first(x, layout) for x in (q, k, v))
+    rows, columns = query.shape[2], key.shape[2]
+    has_window = window_left >= 0 or window_right >= 0
+    if causal == "bottom_right" and rows == columns:
+        causal = "top_left"
+    if causal == "bottom_right" and rows == 1:
+        causal = "none"  # the last query sees every key
+    is_causal = causal == "top_left" and mask is None and not has_window
+    if is_causal or (causal == "none" and mask is None and not has_window):
+        return from_heads_first(_sdpa(query, key, value, None, is_causal, scale), layout)
+    places = dense_places(rows, columns, causal == "top_left", q.device)
+    seen = places.visible(causal != "none", window_left, window_right)
+    combined = _combined(mask, seen).expand(-1, -1, rows, columns)
+    if combined.dtype == torch.bool:
+        is_empty = ~combined.any(-1, keepdim=True)
+        combined = combined | is_empty
+    else:
+        is_empty = (combined == -torch.inf).all(-1, keepdim=True)
+        combined = combined.masked_fill(is_empty, 0.0)
+    if query.is_cuda and query.shape[1] != key.shape[1]:
+        # No CUDA backend takes a mask and grouped heads: it would form all scores.
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    out = _sdpa(query, key, value, combined, False, scale)
+    return from_heads_first(out.masked_fill(is_empty, 0.0), layout)
+
+
+def sdpa_of_cache(request: CacheRequest) -> torch.Tensor:
+    """Attention of new tokens to a KV cache in the dtype of the query; result as of `decode_attention`.
+
+    The query heads of a group are given as rows of one head: every backend takes that, with a mask too.
+    """
+    q, key, value = request.q, request.gathered(request.k_cache), request.gathered(request.v_cache)
+    batch, rows, heads, size = q.shape
+    columns, groups = key.shape[1:3]
+    places = request.places(columns)
+    assert places.key_of is not None
+    is_key = (places.key_of >= 0)[:, :, None, None]
+    key, value = (torch.where(is_key, x, 0).transpose(1, 2) for x in (key, value))  # 0 * NaN is NaN
+    seen = places.visible(request.causal != "none", request.window_left, request.window_right)
+    assert seen is not None
+    is_empty = ~seen.any(-1, keepdim=True)
+    each = heads // groups
+    stacked = q.view(batch, rows, groups, each, size).permute(0, 2, 3, 1, 4).reshape(batch, groups, each * rows, size)
+    mask = (seen | is_empty).expand(batch, each, rows, columns).reshape(batch, 1, each * rows, columns)
+    out = _sdpa(stacked, key, value, mask, False, request.scale).view(batch, heads, rows, value.shape[-1])
+    return from_heads_first(out.masked_fill(is_empty, 0.0), "bshd")
+
+
+def _combined(mask: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
+    """One mask [B or 1, H or 1, Sq or 1, Sk or 1] of the two, of which one is there."""
+    if mask is None:
+        assert seen is not None
+        return seen
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    if seen is None:
+        return mask
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
+    )
