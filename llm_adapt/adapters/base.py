@@ -130,7 +130,7 @@ class DeviceAdapter:
     mask_from_cuda: Callable[[str], str] | None = None
     smi: str = ""
     plugin: str = ""
-    kernel_libraries: tuple[str, ...] = ("torch_native",)
+    kernel_libraries: tuple[str, ...] = ("torch_native", "chunked")
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     chip_dtypes: Mapping[str, str] = field(default_factory=dict)
     emulated_dtypes: Mapping[str, str] = field(default_factory=dict)

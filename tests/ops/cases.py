@@ -12,7 +12,7 @@ from llm_adapt.ops.dispatch.registry import FusedOp, Kernel, all_ops, load_libra
 
 __all__ = ["Case", "cases", "has_backward", "host_kernels"]
 
-HOST_LIBRARIES = ("torch_native", "triton")  # libraries whose kernels run on the CPU
+HOST_LIBRARIES = ("torch_native", "chunked", "triton")  # libraries whose kernels run on the CPU
 
 
 class Case(NamedTuple):
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     @property
     def call(self) -> Call:
         """The facts of the call."""
-        return describe(self.op.name, self.op.signature, self.arguments)
+        return describe(self.op.name, self.op.signature, self.arguments, self.op.lists)
 
     def __str__(self) -> str:
         return f"{self.op.name}-{self.number}-{str(self.dtype).removeprefix('torch.')}"

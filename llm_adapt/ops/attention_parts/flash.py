@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class Flash:
         attend = self._attend(given, q.shape[-1])
         with _seeded(given["seed"], q.device) if given["dropout_p"] else contextlib.nullcontext():
             found = attend(q, k, v, given["return_lse"])
-        out = found[0] if isinstance(found, tuple) else found
+        out: torch.Tensor = found[0] if isinstance(found, tuple) else found
         if ends_q is not None:
             out = torch.where(_inside(q, ends_q), out, 0)
         out = out[..., :value_size]
@@ -132,7 +133,7 @@ class Flash:
 def _longest(ends: torch.Tensor) -> int:
     """The longest sequence, for callers that do not say it: waits for the device."""
     values = host_list(ends)
-    return max(end - start for start, end in zip(values, values[1:], strict=False))
+    return max(end - start for start, end in itertools.pairwise(values))
 
 
 def _inside(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -41,17 +41,23 @@ def narrowed(arguments: dict[str, Any]) -> dict[str, Any]:
         "sinks": _first(arguments["sinks"], g * per_group),
         "alibi_slopes": _slopes(arguments["alibi_slopes"], number, g * per_group),
     }
-    for side, tokens in (("q", n_q), ("k", n_k)):
+    for side, tokens, whole in (("q", n_q, rows), ("k", n_k, columns)):
         ends, used = arguments[f"cu_seqlens_{side}"], arguments[f"seqused_{side}"]
+        # Where the first tokens would be of one sequence, all sequences become shorter instead.
+        is_scaled = ends is not None and (ends.shape[0] - 1) * tokens < 4 * whole
+        share = (tokens, max(whole, 1)) if is_scaled else (1, 1)
         if ends is not None:
-            found[f"cu_seqlens_{side}"] = ends = ends.clamp(max=tokens)
+            found[f"cu_seqlens_{side}"] = ends = _times(ends, *share).clamp(max=tokens)
         if used is not None:
-            room = tokens if ends is None else ends.diff().to(used.dtype)
-            found[f"seqused_{side}"] = torch.minimum(
-                used[:number], torch.as_tensor(room, dtype=used.dtype).to(used.device)
-            )
-        found[f"max_seqlen_{side}"] = min(arguments[f"max_seqlen_{side}"], tokens)
+            room = used.new_full((), tokens) if ends is None else ends.diff().to(used.dtype)
+            found[f"seqused_{side}"] = torch.minimum(_times(used[:number], *share), room)
+        longest = arguments[f"max_seqlen_{side}"]
+        found[f"max_seqlen_{side}"] = min(-(-longest * share[0] // share[1]), tokens)
     return found
+
+
+def _times(x: torch.Tensor, numerator: int, denominator: int) -> torch.Tensor:
+    return (x.long() * numerator // denominator).to(x.dtype)
 
 
 def _cut(rows: int, columns: int, most: int) -> tuple[int, int]:

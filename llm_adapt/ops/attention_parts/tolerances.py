@@ -1,4 +1,4 @@
-"""How far an attention kernel may be from the float64 reference, measured with torch's kernels on the CPU."""
+"""How far an attention kernel may be from the float64 reference, measured with the kernels of torch 2.13 on the CPU."""
 
 import torch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -118,26 +118,30 @@ class Call:
         return f"{self.op}({', '.join(parts + ([self.variant] if self.variant else []))}) on {self.device or '?'}"
 
 
-def describe(op: str, signature: inspect.Signature, arguments: Mapping[str, Any], **state: Any) -> Call:
-    """The call of an op with these arguments (defaults filled in)."""
+def describe(
+    op: str, signature: inspect.Signature, arguments: Mapping[str, Any], lists: Collection[str] = (), **state: Any
+) -> Call:
+    """The call of an op with these arguments (defaults filled in).
+
+    Args:
+        lists: arguments that are lists of tensors, which may be empty.
+    """
     tensors: dict[str, TensorFacts] = {}
     options: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
             tensors[name] = facts(value)
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        elif name in lists and value is not None:
             tensors.update({f"{name}[{index}]": facts(item) for index, item in enumerate(value)})
-        else:
+        elif name not in lists:
             options[name] = value
     parameters = signature.parameters
-    given = frozenset(
-        name
-        for name, value in arguments.items()
-        if name in tensors or f"{name}[0]" in tensors or not same(value, parameters[name].default)
-    )
+    given = frozenset(name for name, value in arguments.items() if not same(value, parameters[name].default))
     return Call(op, tensors, options, given, **state)
 
 
 def same(value: Any, default: Any) -> bool:
-    """Whether an option has its default value; True is not 1."""
-    return value is default or (type(value) is type(default) and bool(value == default))
+    """Whether an argument has its default value; True is not 1, and a tensor is no default."""
+    if value is default:
+        return True
+    return type(value) is type(default) and not isinstance(value, (list, torch.Tensor)) and bool(value == default)

@@ -44,9 +44,9 @@ def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
             return "has no backward; serves in torch.inference_mode() only"
         if kernel.inference_only:
             return "serves in torch.inference_mode() only"
-        lost = [name for name, tensor in call.tensors.items() if tensor.needs_grad and not _is_differentiable(op, name)]
+        lost = [name for name, tensor in call.tensors.items() if tensor.needs_grad and not _gives(op, kernel, name)]
         if lost:
-            return f"gives no gradient of {', '.join(lost)}, which only the reference does"
+            return f"gives no gradient of {', '.join(lost)}, which the reference does"
     if call.is_transformed and not kernel.functorch:
         return "does not serve inside vmap, grad and jvp"
     if call.is_deterministic and not kernel.deterministic:
@@ -59,8 +59,9 @@ def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
         return "decides by shapes, which are unknown while code is compiled"
 
 
-def _is_differentiable(op: FusedOp, name: str) -> bool:
-    return op.differentiable is None or name.partition("[")[0] in op.differentiable
+def _gives(op: FusedOp, kernel: Kernel, name: str) -> bool:
+    is_differentiable = op.differentiable is None or name.partition("[")[0] in op.differentiable
+    return is_differentiable and name not in kernel.no_gradient
 
 
 def proof_kind(call: Call, op: FusedOp) -> Any:

@@ -87,6 +87,8 @@ class Dispatcher:
     def bind(self, options: Any, key: Any, arguments: tuple[Any, ...]) -> Binding:
         """Choose for a new key, and remember. Holds no lock: a proof may come by here for another op."""
         policy = policy_in_force()
+        if self.op.lists and (error := self.reject(None, arguments)):  # a tensor passes for a list of its rows
+            raise error
         named = as_autocast(self.op, dict(zip(self.op.signature.parameters, arguments, strict=True)))
         call = self.describe(named)
         choice = self.choose(call, lambda kernel: self.proved(kernel, call, named))
@@ -130,12 +132,14 @@ class Dispatcher:
             layer=self.layer,
         )
 
-    def reject(self, error: Exception, arguments: tuple[Any, ...]) -> Exception:
-        """Say which argument is not what the op takes."""
+    def reject(self, error: Exception | None, arguments: tuple[Any, ...]) -> Exception | None:
+        """Say which argument is not what the op takes; the error as it is when all are."""
         for (name, kind), value in zip(self.op.kinds.items(), arguments, strict=True):
             is_absent = value is None and self.op.signature.parameters[name].default is None
             if kind == "tensor" and not is_absent and not isinstance(value, torch.Tensor):
                 return TypeError(f"{self.op.name}: {name} must be a tensor; found {type(value).__name__}.")
+            if kind == "tensors" and not is_absent and not _is_list_of_tensors(value):
+                return TypeError(f"{self.op.name}: {name} must be a list of tensors; found {_spell(value)}.")
             if kind == "option" and type(value).__hash__ is None:
                 return TypeError(f"{self.op.name}: {name}={value!r} was given; pass a value that can be hashed.")
         return error
@@ -149,7 +153,7 @@ class Dispatcher:
             "is_transformed": torch._C._are_functorch_transforms_active(),
             "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         } | state
-        return describe(self.op.name, self.op.signature, arguments, layer=self.layer, **state)
+        return describe(self.op.name, self.op.signature, arguments, self.op.lists, layer=self.layer, **state)
 
     def choose(self, call: Call, proved: Callable[[Kernel], Verdict | None]) -> Choice:
         """Ask the libraries in order; the first whose kernel does not refuse and is proved serves.
@@ -311,6 +315,15 @@ class Dispatcher:
                 if check is not None and len(known) < _MOST_CHECKS:
                     self.recent[options] = (*known, (check, found))
         return found
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value)
+
+
+def _spell(value: Any) -> str:
+    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, (list, tuple)) else []
+    return type(value).__name__ + (f" of {', '.join(kinds)}" if kinds else "")
 
 
 def _is_capturing(device: str) -> bool:

@@ -12,6 +12,7 @@ has none, and for further kinds, a key is made of the same facts in Python.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ except ImportError:
 __all__ = ["make_entry", "tensor_check"]
 
 _TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.requires_grad, {0}.is_contiguous()"
+# An optimizer hands over thousands: what they have in common is all that there is time for.
+_TENSORS = "len({0}), *map(frozenset, (map(type, {0}), map(_dtype, {0}), map(_ordinal, {0}), map(_is_contiguous, {0})))"
 _STATE = "_is_inference(), _is_autocast(), _is_transformed()"
 # What compiled code may decide by: constants to dynamo. Shapes may be symbols there.
 _TRACED = "({1!r}, {0}.dtype, {0}.device.type, {0}.requires_grad)"
@@ -45,7 +48,7 @@ class Dispatch(Protocol):
     def traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> str:
         """The key in `compiled` of what compiled code calls, for tensors of these dtypes and these options."""
 
-    def reject(self, error: Exception, arguments: tuple[Any, ...]) -> Exception:
+    def reject(self, error: Exception | None, arguments: tuple[Any, ...]) -> Exception | None:
         """The error for arguments that no key can be made of."""
 
 
@@ -58,6 +61,8 @@ def make_entry(op: FusedOp, dispatch: Dispatch) -> Callable[..., Any]:
         "_is_transformed": torch._C._are_functorch_transforms_active,
         "_is_deterministic": torch._C._get_deterministic_algorithms,  # what torch's own function returns
         "_ordinal": torch._C.TensorBase.get_device,  # Tensor.get_device is CUDA's ordinal while patched
+        "_dtype": operator.attrgetter("dtype"),
+        "_is_contiguous": torch._C.TensorBase.is_contiguous,
         "_recent": dispatch.recent.get,
         "_lookup": dispatch.table.get,
         "_bind": dispatch.bind,
@@ -116,19 +121,19 @@ def _source(op: FusedOp) -> str:
         f"    if _is_compiling():\n"
         f"        return _compiled[_traced(_version, {traced_tensors}, ({traced_options}))]({arguments})\n"
         f"    try:\n"
-        f"        options = ({options}_is_deterministic())\n"
-        f"        for check, binding in _recent(options, ()):\n"
-        f"            if check({', '.join(tensors)}):\n"
+        f"        _options = ({options}_is_deterministic())\n"
+        f"        for _check, _binding in _recent(_options, ()):\n"
+        f"            if _check({', '.join(tensors)}):\n"
         f"                break\n"
         f"        else:\n"
-        f"            key = (options, {place}, {facts}, {_STATE})\n"
-        f"            binding = _lookup(key)\n"
-        f"    except (AttributeError, TypeError) as error:\n"
-        f"        raise _reject(error, ({arguments})) from None\n"
-        f"    if binding is None:\n"
-        f"        binding = _bind(options, key, ({arguments}))\n"
-        f"    binding.calls += 1\n"
-        f"    return binding.call({arguments})\n"
+        f"            _key = (_options, {place}, {facts}, {_STATE})\n"
+        f"            _binding = _lookup(_key)\n"
+        f"    except (AttributeError, TypeError) as _error:\n"
+        f"        raise _reject(_error, ({arguments})) from None\n"
+        f"    if _binding is None:\n"
+        f"        _binding = _bind(_options, _key, ({arguments}))\n"
+        f"    _binding.calls += 1\n"
+        f"    return _binding.call({arguments})\n"
     )
 
 
@@ -154,9 +159,9 @@ def _traced_part(op: FusedOp, name: str) -> str:
 
 
 def _key_part(op: FusedOp, name: str) -> str:
-    """What a tensor gives to the key."""
+    """What a tensor, or a list of them, gives to the key."""
     if op.kinds[name] == "tensors":
-        return f"None if {name} is None else tuple([({_TENSOR.format('t')}) for t in {name}])"
+        return f"None if {name} is None else ({_TENSORS.format(name)})"
     facts = _TENSOR.format(name)
     return f"None if {name} is None else ({facts})" if name in op.defaults else facts
 

@@ -63,8 +63,11 @@ class Kernel:
         library: name of the kernel library, a module of llm_adapt.ops.kernels or of a third party.
         function: takes the op's parameters that it honours, under the op's names, in the op's order.
         source: document or file, with version, that the call was written from.
-        refuses: call -> None, or the reason why this kernel cannot serve it. Sees facts, never values.
+        refuses: call -> None, or the reason why this kernel cannot serve it. Sees facts, never values. It is asked
+            once for calls that are alike; lists of tensors are alike when their numbers, dtypes and contiguity are,
+            so it may not decide by the shapes of their members.
         has_backward: gradients flow through every differentiable output.
+        no_gradient: tensors that it takes and gives no gradient of; it refuses calls that need one.
         inference_only: serves inside torch.inference_mode() alone.
         compilable: torch.compile traces it without a graph break.
         deterministic: the same inputs give the same bits.
@@ -77,6 +80,7 @@ class Kernel:
     source: str
     refuses: Refusal = _never
     has_backward: bool = True
+    no_gradient: frozenset[str] = frozenset()
     inference_only: bool = False
     compilable: bool = False
     deterministic: bool = True
@@ -134,6 +138,7 @@ class FusedOp:
         self.name = self.reference.__name__
         self.signature = inspect.signature(self.reference)
         self.kinds = _kinds(self.reference)
+        self.lists = frozenset(name for name, kind in self.kinds.items() if kind == "tensors")
         named = {
             *(self.differentiable or ()),
             *self.mutates,
@@ -153,16 +158,19 @@ class FusedOp:
         }
 
     def samples(self, call: Call) -> Iterator[dict[str, Any]]:
-        """Arguments from the op's own inputs that have the form of a call: the same tensors, its dtype and options."""
+        """Arguments from the op's own inputs that have the form of a call: the same tensors, its dtype and options.
+
+        Floating-point options, such as a scale, are the call's: they change numbers, not what a kernel can do.
+        """
         present = {name.partition("[")[0] for name in call.tensors}
+        options = [name for name, kind in self.kinds.items() if kind == "option" and name in call.options]
+        options = [name for name in options if name not in self.dynamic | self.hints]
         for given in self.inputs(torch.Generator().manual_seed(0), call.dtype or torch.float32):
             case = self.bind(**given)
+            numbers = {name: call.options[name] for name in options if _are_numbers(call.options[name], case[name])}
             tensors = {name for name, kind in self.kinds.items() if kind != "option" and case[name] is not None}
-            options = [
-                name for name, kind in self.kinds.items() if kind == "option" and name not in self.dynamic | self.hints
-            ]
-            if tensors == present and all(same(case[name], call.options[name]) for name in options):
-                yield {name: _on(value, call.device) for name, value in case.items()}
+            if tensors == present and all(same(case[n], call.options[n]) for n in options if n not in numbers):
+                yield {name: _on(value, call.device) for name, value in (case | numbers).items()}
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by name, defaults filled in."""
@@ -191,6 +199,10 @@ class FusedOp:
         if kernel.library in self.kernels or kernel.library == REFERENCE:
             raise KernelError(f"Kernel {kernel.name} was registered; there is one of that name already.")
         self.kernels[kernel.library] = kernel
+
+
+def _are_numbers(asked: Any, sample: Any) -> bool:
+    return isinstance(asked, float) and (sample is None or isinstance(sample, float))
 
 
 def _on(value: Any, device: str) -> Any:
@@ -263,11 +275,19 @@ def kernel(op: str, source: str, **fields: Any) -> Callable[[Callable[P, R]], Ca
     """Register the decorated function as this module's kernel of an op. Fields as of Kernel."""
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
-        library = function.__module__.rpartition(".")[2]
-        find_op(op).register(Kernel(op, library, function, source, **fields))
+        find_op(op).register(Kernel(op, _library_of(function.__module__), function, source, **fields))
         return function
 
     return register
+
+
+def _library_of(module: str) -> str:
+    """The library that a module belongs to: one of ours may be a package of several files."""
+    prefix = "llm_adapt.ops.kernels."
+    if module.startswith(prefix):
+        return module.removeprefix(prefix).partition(".")[0]
+    names = (point.name for point in entry_points(group=ENTRY_POINTS) if f"{module}.".startswith(f"{point.module}."))
+    return next(names, module.rpartition(".")[2])
 
 
 _LIBRARIES: dict[str, str] = {}  # library -> why it cannot be used, "" when it can

@@ -30,11 +30,13 @@ class Tolerance:
     Attributes:
         forward: dtype -> rtol of outputs; missing dtypes: the defaults above.
         backward_factor: gradients pass through more roundings: the op's inputs are rounded, then its output.
+        steps: how far integers may be off: 1 for a quantiser that may round halves up or to even.
         why: where numbers that are not the defaults come from.
     """
 
     forward: dict[torch.dtype, float] = field(default_factory=dict)
     backward_factor: float = 2.0
+    steps: int = 0
     why: str = ""
 
     def rtol(self, dtype: torch.dtype, is_gradient: bool = False) -> float:
