@@ -92,7 +92,7 @@ def graph_breaks(name: str) -> int:
     op, entry = all_ops()[name], dispatchers[name].entry
     arguments = op.bind(**next(iter(op.inputs(torch.Generator().manual_seed(0), torch.float32))))
     torch._dynamo.reset()
-    return int(torch._dynamo.explain(lambda **kw: entry(**kw))(**arguments).graph_break_count)
+    return int(torch._dynamo.explain(entry)(**arguments).graph_break_count)
 
 
 def _best_us(call: Callable[[], Any], calls: int = 5000, repeats: int = 5) -> float:

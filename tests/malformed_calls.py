@@ -54,6 +54,14 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"out": ""}, r"patch\(out=''\) was asked; accepted: a folder"),
     ({"out": 3}, r"patch\(out=3\)"),
     ({"out": b"runs"}, r"patch\(out=b'runs'\)"),
+    ({"ops": ""}, r"patch\(ops=''\) was asked; accepted: OP=LIBRARY"),
+    ({"ops": 3}, r"patch\(ops=3\)"),
+    ({"ops": "rms_norm"}, "ops='rms_norm' was asked; write OP=LIBRARY"),
+    ({"ops": "rms_norm=trition"}, "kernel library 'trition' was asked; it is unknown. did you mean triton"),
+    ({"ops": "nowhere.toml"}, "the file cannot be read"),
+    ({"proof": "maybe"}, r"patch\(proof='maybe'\) was asked; accepted: off, first, strict or sample:N"),
+    ({"proof": "sample:0"}, r"patch\(proof='sample:0'\)"),
+    ({"proof": True}, r"patch\(proof=True\)"),
     *(({"device": name}, f"'{name}', which is not here: .*") for name in ABSENT),
 ]
 
