@@ -134,8 +134,8 @@ def rope(
     """
     _check(x, cos, sin, positions, cu_seqlens, layout=layout, pairs=pairs, table=table, compute=compute)
     wide = x.dtype if compute == "x" else torch.promote_types(x.dtype, torch.float32)
-    rows = _rows(x, positions, cu_seqlens, layout)
-    cos, sin = (_beside(t, rows, x, layout).to(wide) for t in (cos, sin))
+    rows = table_rows(x, positions, cu_seqlens, layout)
+    cos, sin = (beside(t, rows, x, layout).to(wide) for t in (cos, sin))
     columns = pairs if table == "full" else "one"
     (cos_i, cos_j), (sin_i, sin_j) = _split(cos, columns), _split(sin, columns)
     if inverse:
@@ -164,7 +164,7 @@ def _joined(a: torch.Tensor, b: torch.Tensor, pairs: str) -> torch.Tensor:
     return torch.cat((a, b), -1) if pairs == "half" else torch.stack((a, b), -1).flatten(-2)
 
 
-def _rows(
+def table_rows(
     x: torch.Tensor, positions: torch.Tensor | None, cu_seqlens: torch.Tensor | None, layout: str
 ) -> torch.Tensor | None:
     """Rows of the tables to use, None for the first ones. No value is read on the host."""
@@ -176,7 +176,7 @@ def _rows(
     return torch.where(is_inside, tokens - cu_seqlens[sequence], 0)
 
 
-def _beside(table: torch.Tensor, rows: torch.Tensor | None, x: torch.Tensor, layout: str) -> torch.Tensor:
+def beside(table: torch.Tensor, rows: torch.Tensor | None, x: torch.Tensor, layout: str) -> torch.Tensor:
     """The rows of a table that x needs, with the axes of x."""
     # embedding refuses a negative row, which indexing would count from the end.
     table = table[..., : x.shape[_POSITION[layout]], :] if rows is None else F.embedding(rows, table)

@@ -70,7 +70,7 @@ def scaled_masked_softmax(
     """
     _check(x, mask, sinks, window)
     scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-    hidden = _hidden(x, mask, causal, window)
+    hidden = hidden_scores(x, mask, causal, window)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
@@ -84,7 +84,7 @@ def scaled_masked_softmax(
     return p.masked_fill(is_empty, 0.0).to(x.dtype)
 
 
-def _hidden(
+def hidden_scores(
     x: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: tuple[int, int] | None
 ) -> torch.Tensor | None:
     """All that is masked out, None for nothing."""
