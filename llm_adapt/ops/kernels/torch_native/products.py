@@ -32,7 +32,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """F.grouped_mm between two masks: it leaves the rows beyond the sum unset, in y and in the gradient of x.
 
-    Columns are padded to 16 bytes, of which its strides must be multiples.
+    Columns are padded to 16 bytes, of which its strides must be multiples. Workaround: grouped-mm-unset-rows
     """
     if not x.shape[0]:
         return x @ (weight.sum(0).t() if transposed else weight.sum(0))  # empty, with gradients of 0
@@ -52,7 +52,7 @@ def grouped_gemm(
 def _not_for_int_mm(call: Call) -> str | None:
     if call.device not in ("cpu", "cuda"):
         return "torch._int_mm has kernels on the CPU and on CUDA"
-    if call.x.shape[-1] == 1:
+    if call.x.shape[-1] == 1:  # Workaround: int-mm-one-column
         return "torch._int_mm of torch 2.13 is wrong for one column on the CPU"
     rows = call.x.shape[:-1].numel()
     if call.device == "cuda" and (rows <= 16 or any(size % 8 for size in call.weight.shape)):
