@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import llm_adapt
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
 from llm_adapt.ops.dispatch.registry import Kernel, all_ops
 

@@ -125,7 +125,7 @@ def _timings(op: FusedOp, size: str, shape: tuple[int, ...], dtype: Any, min_run
     import torch
 
     from llm_adapt.ops.dispatch.calling import positional
-    from llm_adapt.ops.dispatch.in_force import dispatchers
+    from llm_adapt.ops.dispatch.dispatcher import dispatchers
 
     assert op.example is not None
     arguments = here(op.bind(**op.example(torch.Generator().manual_seed(0), dtype, shape)))

@@ -109,7 +109,8 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def _answer(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
     """Who serves one call, and what every library says to it, as plain data."""
-    from llm_adapt.ops.dispatch.in_force import dispatchers, policy_in_force
+    from llm_adapt.ops.dispatch.dispatcher import dispatchers
+    from llm_adapt.ops.dispatch.in_force import policy_in_force
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a quarantine: it is an answer here

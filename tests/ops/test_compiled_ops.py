@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm_adapt.ops.dispatch.dispatcher import Binding
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import Binding, dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy
 from tests.ops.toy import TOY, scaled, toy_library, toy_op
 

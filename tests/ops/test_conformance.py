@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llm_adapt.ops.dispatch.choice import refusal
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy
 from llm_adapt.ops.dispatch.proof import compare, differentiable, float_dtypes, named_tensors, prove, run_op
 from llm_adapt.ops.dispatch.registry import FusedOp, all_ops

@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from llm_adapt.errors import KernelError
-from llm_adapt.ops.dispatch.dispatcher import Binding, Dispatcher
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import Binding, Dispatcher, dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
 from llm_adapt.ops.dispatch.registry import Kernel
 from tests.ops.toy import TOY, scaled, toy_library, toy_op

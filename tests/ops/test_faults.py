@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from llm_adapt.ops.attention import attention
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
 from llm_adapt.ops.rms_norm import rms_norm
 from llm_adapt.ops.rope import rope

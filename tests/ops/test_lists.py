@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy
 from llm_adapt.ops.multi_tensor_l2norm import multi_tensor_l2norm
 

@@ -12,7 +12,8 @@ import torch
 
 import llm_adapt
 from llm_adapt.errors import KernelError
-from llm_adapt.ops.dispatch.in_force import dispatchers, using
+from llm_adapt.ops.dispatch.dispatcher import dispatchers
+from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
 from llm_adapt.ops.dispatch.proof import compare, prove, run_op
 from llm_adapt.ops.dispatch.receipt import receipt

@@ -12,7 +12,8 @@ import torch
 
 from llm_adapt.ops.dispatch import dispatcher as dispatching
 from llm_adapt.ops.dispatch import registry
-from llm_adapt.ops.dispatch.in_force import dispatchers
+from llm_adapt.ops.dispatch.dispatcher import dispatchers
+from llm_adapt.ops.dispatch.in_force import listeners
 from llm_adapt.ops.dispatch.registry import Kernel
 
 __all__ = ["TOY", "scaled", "toy_library", "toy_op"]
@@ -43,7 +44,7 @@ def toy_op(**fields: Any) -> Iterator[Callable[..., torch.Tensor]]:
     try:
         yield entry
     finally:
-        del registry._OPS["scaled"], dispatchers["scaled"]
+        del registry._OPS["scaled"], dispatchers["scaled"], listeners["scaled"]
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from llm_adapt.ops.dispatch.call import Call, TensorFacts, describe, same
 from llm_adapt.ops.dispatch.calling import as_autocast, outside_autocast, positional
 from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
 from llm_adapt.ops.dispatch.entry import make_entry, tensor_check
-from llm_adapt.ops.dispatch.in_force import dispatchers, lock, policy_in_force
+from llm_adapt.ops.dispatch.in_force import listeners, lock, policy_in_force
 from llm_adapt.ops.dispatch.policy import Policy
 from llm_adapt.ops.dispatch.proof import Verdict, apart, prove
 from llm_adapt.ops.dispatch.registry import REFERENCE, FusedOp, Kernel
 
-__all__ = ["Binding", "Dispatcher", "dispatcher_of", "fused_op"]
+__all__ = ["Binding", "Dispatcher", "dispatcher_of", "dispatchers", "fused_op"]
 
 log = logging.getLogger("llm_adapt")
 P = ParamSpec("P")
@@ -338,6 +338,9 @@ def dispatcher_of(entry: Callable[..., Any]) -> Dispatcher:
     return found
 
 
+dispatchers: dict[str, Dispatcher] = {}  # op -> its dispatcher, for the ops imported so far
+
+
 def fused_op(**fields: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare the decorated reference as an op. Fields as of FusedOp; the result is what callers call."""
 
@@ -347,7 +350,7 @@ def fused_op(**fields: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
         dispatcher = Dispatcher(op)
         dispatcher.entry._dispatcher = dispatcher  # type: ignore[attr-defined]
         dispatcher.entry.at = dispatcher.at  # type: ignore[attr-defined]
-        dispatchers[op.name] = dispatcher
+        dispatchers[op.name] = listeners[op.name] = dispatcher
         return dispatcher.entry
 
     return declare

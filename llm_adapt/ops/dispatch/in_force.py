@@ -1,21 +1,29 @@
-"""The policy in force, for the whole process, and the ops that it decides for."""
+"""The policy in force, for the whole process, and who is told when it changes."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from llm_adapt.ops.dispatch.policy import Policy
 
-if TYPE_CHECKING:
-    from llm_adapt.ops.dispatch.dispatcher import Dispatcher
+__all__ = ["listeners", "lock", "policy_in_force", "start_over", "use_policy", "using"]
 
-__all__ = ["dispatchers", "lock", "policy_in_force", "start_over", "use_policy", "using"]
+
+class Listener(Protocol):
+    """Who decides by the policy: the dispatcher of an op."""
+
+    def forget(self) -> None:
+        """The policy has changed."""
+
+    def start_over(self) -> None:
+        """A session begins or ends."""
+
 
 lock = threading.RLock()
-dispatchers: dict[str, Dispatcher] = {}  # op -> its dispatcher, for the ops imported so far
+listeners: dict[str, Listener] = {}  # op -> its dispatcher, for the ops imported so far
 _policy = Policy()  # nothing is preferred: every op is its reference until patch() or the user says otherwise
 
 
@@ -33,8 +41,8 @@ def use_policy(policy: Policy) -> Policy:
     global _policy
     with lock:
         before, _policy = _policy, policy
-        for dispatcher in dispatchers.values():
-            dispatcher.forget()
+        for listener in listeners.values():
+            listener.forget()
     return before
 
 
@@ -42,8 +50,8 @@ def start_over(policy: Policy) -> None:
     """Put a policy in force and forget calls, proofs and quarantines: a session begins or ends."""
     with lock:
         use_policy(policy)
-        for dispatcher in dispatchers.values():
-            dispatcher.start_over()
+        for listener in listeners.values():
+            listener.start_over()
 
 
 @contextlib.contextmanager

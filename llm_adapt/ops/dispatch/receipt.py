@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_adapt.ops.dispatch.dispatcher import Binding, Dispatcher
-from llm_adapt.ops.dispatch.in_force import dispatchers, policy_in_force
+from llm_adapt.ops.dispatch.dispatcher import Binding, Dispatcher, dispatchers
+from llm_adapt.ops.dispatch.in_force import policy_in_force
 from llm_adapt.ops.dispatch.registry import REFERENCE
 
 __all__ = ["policy_text", "receipt"]
