@@ -3,7 +3,7 @@
 NPROC ?= 2
 OUT ?= runs/pretrain_gpt
 
-.PHONY: help train test test-all lint bench clean
+.PHONY: help train test test-all test-triton lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,11 @@ test: ## set up, then check style, types, layers and run the tests (about 15 min
 
 test-all: ## the tests with the slow ones
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && $$python -m pytest -m ''
+
+test-triton: ## our Triton kernels in Triton's interpreter; it is installed beside the environment (1 GB)
+	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
+	$$python -m pip install --quiet --no-deps --upgrade --target build/triton "triton>=3.2" && \
+	PYTHONPATH=build/triton $$python -m pytest tests/ops/kernels
 
 lint: ## style, types and layers only
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \

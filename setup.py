@@ -13,6 +13,8 @@ cli = ["rich>=13"]
 # psutil: Megatron-Core's checkpoint writer imports it without declaring it.
 megatron = ["megatron-core==0.16.1", "numpy", "psutil", "pybind11>=2.12"]
 transformers = ["transformers>=5.23,<6", "accelerate>=1.15"]
+# On CUDA only: a vendor's Triton belongs to its image. 1 GB.
+triton = ["triton>=3.2"]
 sim = ["setuptools>=68"]
 bench = ["matplotlib>=3.8", *cli]
 docs = ["mkdocs>=1.6"]
@@ -44,6 +46,7 @@ setup(
         "cli": cli,
         "megatron": megatron,
         "transformers": transformers,
+        "triton": triton,
         "sim": sim,
         "bench": bench,
         "docs": docs,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from llm_adapt.settings import SETTINGS
+from tests import ops_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,3 +46,9 @@ def test_readme_commands_are_targets_of_the_makefile():
     named = set(re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named <= targets
     assert {"train", "test"} <= named
+
+
+def test_the_table_of_operators_is_that_of_the_code():
+    """docs/ops.md lists every op with its formula and its kernels; `python -m tests.ops_table` writes it."""
+    (found,) = ops_table.PART.findall(ops_table.DOCUMENT.read_text(encoding="utf-8"))
+    assert found == ops_table.table()

@@ -100,7 +100,16 @@ ADAPTER = DeviceAdapter(
     diagnose_device=_diagnose,
     visible_devices=_MASKS,
     smi="nvidia-smi",
-    kernel_libraries=("flash_attn_3", "flash_attn", "transformer_engine", "apex", "liger", "torch_native", "chunked"),
+    kernel_libraries=(
+        "flash_attn_3",
+        "flash_attn",
+        "transformer_engine",
+        "apex",
+        "liger",
+        "triton",
+        "torch_native",
+        "chunked",
+    ),
     dtypes=("float32", "float16", "bfloat16", "float64"),
     chip_dtypes={
         "float8_e4m3fn": "compute capability 8.9 and up",

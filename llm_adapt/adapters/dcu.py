@@ -165,7 +165,7 @@ ADAPTER = DeviceAdapter(
     diagnose_device=_diagnose,
     visible_devices=_MASKS,
     smi="hy-smi",
-    kernel_libraries=("flash_attn", "lightop", "transformer_engine", "apex", "torch_native", "chunked"),
+    kernel_libraries=("flash_attn", "lightop", "transformer_engine", "apex", "triton", "torch_native", "chunked"),
     # bfloat16 on gfx906 and gfx926 is not stated publicly; float64 follows from HIP, unverified.
     dtypes=("float32", "float16", "bfloat16", "float64"),
     chip_dtypes={"float8_e4m3fn": "gfx938, gfx92a", "float8_e5m2": "gfx938, gfx92a"},

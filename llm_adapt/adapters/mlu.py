@@ -114,7 +114,7 @@ ADAPTER = DeviceAdapter(
     smi="cnmon",
     plugin="torch_mlu",
     # flash_attn and apex for MLU exist inside Cambricon's images; their limits are not public.
-    kernel_libraries=("flash_attn", "torch_mlu", "apex", "torch_native", "chunked"),
+    kernel_libraries=("flash_attn", "torch_mlu", "apex", "triton", "torch_native", "chunked"),
     dtypes=("float32", "float16", "bfloat16"),
     chip_dtypes={  # is_fp8_supported() = major >= 6; the chips are not named publicly, unverified
         "float8_e4m3fn": "capability 6.0 and up",

@@ -178,6 +178,7 @@ def _inputs(op: FusedOp, dtype: torch.dtype, options: dict[str, Any] | None = No
 
 
 def here(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with their tensors on this session's device."""
     import torch
 
     device = current_adapter().device_type
@@ -207,6 +208,7 @@ def _option(op: FusedOp, text: str) -> tuple[str, Any]:
 
 
 def parse_dtype(text: str) -> torch.dtype:
+    """A floating-point dtype by its name or its short name. Raises SettingsError."""
     import torch
 
     found = getattr(torch, _DTYPES.get(text, text), None)

@@ -78,7 +78,7 @@ def glu(
     Source: Shazeer 2020, equations 5 and 6; GptOssExperts of transformers 5; fused_bias_swiglu and fused_bias_geglu
     of Megatron-Core 0.16.1 (whose fused clamped form clamps before it adds the bias; its unfused one is as here).
     """
-    _check(x, up, activation, layout, alpha)
+    check_glu(x, up, activation, layout, alpha)
     if limit is not None and not limit > 0:
         raise ValueError(f"glu: limit={limit} was given; it must be positive, or None for no limit.")
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -98,7 +98,8 @@ def glu(
     return y.to(x.dtype)
 
 
-def _check(x: torch.Tensor, up: torch.Tensor | None, activation: str, layout: str, alpha: float) -> None:
+def check_glu(x: torch.Tensor, up: torch.Tensor | None, activation: str, layout: str, alpha: float) -> None:
+    """Raise for arguments that the op does not take."""
     if activation not in FUNCTIONS:
         raise ValueError(f"glu: activation={activation!r} was asked; there are {', '.join(FUNCTIONS)}.")
     if layout not in LAYOUTS:

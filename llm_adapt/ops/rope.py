@@ -132,7 +132,7 @@ def rope(
     Source: Su et al. 2021, equation 34; transformers 5 modeling_llama.py, modeling_gpt_oss.py and
     modeling_deepseek_v3.py; Megatron-Core 0.16.1 models/common/embeddings/rope_utils.py.
     """
-    _check(x, cos, sin, positions, cu_seqlens, layout=layout, pairs=pairs, table=table, compute=compute)
+    check_rope(x, cos, sin, positions, cu_seqlens, layout=layout, pairs=pairs, table=table, compute=compute)
     wide = x.dtype if compute == "x" else torch.promote_types(x.dtype, torch.float32)
     rows = table_rows(x, positions, cu_seqlens, layout)
     cos, sin = (beside(t, rows, x, layout).to(wide) for t in (cos, sin))
@@ -188,7 +188,7 @@ def beside(table: torch.Tensor, rows: torch.Tensor | None, x: torch.Tensor, layo
     return batched.unsqueeze(1 if layout == "bhsd" else 2)
 
 
-def _check(
+def check_rope(
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -196,6 +196,7 @@ def _check(
     cu_seqlens: torch.Tensor | None,
     **options: str,
 ) -> None:
+    """Raise for arguments that the op does not take."""
     """Raise for arguments that rope does not take."""
     for name, value in options.items():
         if value not in _OPTIONS[name]:

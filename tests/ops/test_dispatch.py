@@ -14,7 +14,6 @@ from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.dispatcher import Binding, Dispatcher, dispatchers
 from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
-from llm_adapt.ops.dispatch.registry import Kernel
 from tests.ops.toy import TOY, scaled, toy_library, toy_op
 
 Entry = Callable[..., torch.Tensor]
@@ -377,30 +376,3 @@ def test_many_shapes_do_not_fill_the_memory(entry: Entry, monkeypatch: pytest.Mo
         entry(torch.ones(size))
     assert len(dispatcher().table) <= 10
     assert [binding.calls for binding in bindings()] == [59]
-
-
-def test_registration_compares_signatures(entry: Entry) -> None:
-    """A kernel has the op's parameters, in order, with their defaults, less those that it does not honour."""
-    op = dispatcher().op
-
-    def other_default(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        return x
-
-    def other_order(factor: float = 2.0, x: Any = None) -> torch.Tensor:
-        return x
-
-    def unknown(x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
-        return x
-
-    def nothing(bias: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.empty(0)
-
-    for function in (other_default, other_order, unknown):
-        with pytest.raises(KernelError, match="was registered with the parameters"):
-            op.register(Kernel("scaled", TOY, function, "a test"))
-    with pytest.raises(KernelError, match=r"does not take \['x'\]"):
-        op.register(Kernel("scaled", TOY, nothing, "a test"))
-    with toy_library("scaled", double), pytest.raises(KernelError, match="there is one of that name already"):
-        op.register(Kernel("scaled", TOY, double, "a test"))
-    with pytest.raises(KernelError, match="there is one of that name already"):
-        op.register(Kernel("scaled", "reference", double, "a test"))

@@ -256,6 +256,7 @@ def _is_injective(value: torch.Tensor) -> bool:
 
 
 def differentiable(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors among the arguments that a proof asks gradients of."""
     if op.mutates:
         return []
     names = arguments if op.differentiable is None else op.differentiable

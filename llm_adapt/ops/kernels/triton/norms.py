@@ -1,0 +1,319 @@
+"""RMSNorm in Triton, alone and of a sum. Rows of H columns; h = x or x + residual, r = 1 / sqrt(mean(h^2) + eps).
+
+With g = dy w: dh = r (g - h r mean(g h) r), and dw = sum of dy h r over the rows. The backward reads h twice and keeps
+no r. dw is summed over rows by each program, then over programs: no atomics, so the same bits each time. Not yet run
+on a GPU.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from llm_adapt.ops.add_rms_norm import RESULT_DTYPES as SUM_RESULT_DTYPES
+from llm_adapt.ops.add_rms_norm import ResultDtype as SumResultDtype
+from llm_adapt.ops.kernels.triton.library import block_of, launch, rows_of, triton_kernel
+from llm_adapt.ops.rms_norm import FORMS, RESULT_DTYPES, Form, ResultDtype, check_norm, result_of
+
+__all__ = ["add_rms_norm", "rms_norm"]
+
+_SOURCE = "our own; Zhang and Sennrich 2019, equation 4"
+_MOST_PARTS = 512  # programs that sum the gradient of the weight, each into a row of its own
+
+
+@triton.jit
+def _weight_at(weight, at, is_column, FORM: tl.constexpr):
+    """The factor of these columns in float32."""
+    w = tl.load(weight + at, mask=is_column, other=0.0)
+    if FORM == "one_plus_rounded":
+        w = (w.to(tl.float32) + 1.0).to(weight.dtype.element_ty)
+    w = w.to(tl.float32)
+    if FORM == "one_plus":
+        w = w + 1.0
+    return w
+
+
+@triton.jit
+def _sum_at(x, residual, h, at, is_column, HAS_RESIDUAL: tl.constexpr):
+    """h of these columns as it is stored, in float32."""
+    value = tl.load(x + at, mask=is_column, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value = value + tl.load(residual + at, mask=is_column, other=0.0).to(tl.float32)
+        value = value.to(h.dtype.element_ty).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _forward(
+    x,
+    residual,
+    weight,
+    y,
+    h,
+    rows,
+    columns,
+    x_stride,
+    residual_stride,
+    eps,
+    FORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        x_row, residual_row, h_row, y_row = x + row * x_stride, residual, h, y + row * columns
+        if HAS_RESIDUAL:
+            residual_row, h_row = residual + row * residual_stride, h + row * columns
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
+            squares += value * value
+        r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            # h is added up again: what was just stored may not be read back without a barrier.
+            value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
+            if HAS_RESIDUAL:
+                tl.store(h_row + at, value.to(h.dtype.element_ty), mask=at < columns)
+            value = value * r
+            if FORM == "cast_first":
+                value = value.to(h.dtype.element_ty).to(tl.float32)
+            if FORM != "none":
+                value = value * _weight_at(weight, at, at < columns, FORM)
+            tl.store(y_row + at, value.to(y.dtype.element_ty), mask=at < columns)
+
+
+@triton.jit
+def _backward(
+    h,
+    weight,
+    dy,
+    dh,
+    dx,
+    rstd,
+    parts,
+    rows,
+    columns,
+    h_stride,
+    dy_stride,
+    dh_stride,
+    eps,
+    FORM: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,  # "none", "here": one block holds a row, "later": store r for _weight_gradient
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        h_row, dy_row = h + row * h_stride, dy + row * dy_stride
+        squares, products = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(h_row + at, mask=at < columns, other=0.0).to(tl.float32)
+            g = tl.load(dy_row + at, mask=at < columns, other=0.0).to(tl.float32)
+            if FORM != "none":
+                g = g * _weight_at(weight, at, at < columns, FORM)
+            squares += value * value
+            products += value * g
+        r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
+        mean = tl.sum(products, 0) * r / columns
+        if WEIGHT_GRADIENT == "later":
+            tl.store(rstd + row, r)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            n = tl.load(h_row + at, mask=at < columns, other=0.0).to(tl.float32) * r
+            g = tl.load(dy_row + at, mask=at < columns, other=0.0).to(tl.float32)
+            if WEIGHT_GRADIENT == "here":
+                total += g * n
+            if FORM != "none":
+                g = g * _weight_at(weight, at, at < columns, FORM)
+            gradient = r * (g - n * mean)
+            if HAS_DH:
+                gradient += tl.load(dh + row * dh_stride + at, mask=at < columns, other=0.0).to(tl.float32)
+            tl.store(dx + row * columns + at, gradient.to(dx.dtype.element_ty), mask=at < columns)
+    if WEIGHT_GRADIENT == "here":
+        at = tl.arange(0, BLOCK)
+        tl.store(parts + tl.program_id(0) * columns + at, total, mask=at < columns)
+
+
+@triton.jit
+def _weight_gradient(h, dy, rstd, parts, rows, columns, h_stride, dy_stride, number, blocks, BLOCK: tl.constexpr):
+    """Sum dy h r over every number-th row, for one of the blocks of columns."""
+    part = tl.program_id(0) // blocks
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(part.to(tl.int64), rows, number):
+        value = tl.load(h + row * h_stride + at, mask=at < columns, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + at, mask=at < columns, other=0.0).to(tl.float32)
+        total += g * value * tl.load(rstd + row)
+    tl.store(parts + part * columns + at, total, mask=at < columns)
+
+
+def _normed(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    form: str,
+    result: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and h; h is x itself without a residual."""
+    y = x.new_empty(x.shape, dtype=result)
+    h, rows = x, rows_of(x)
+    added = None if residual is None else rows_of(residual)
+    if residual is not None:
+        h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    launch(
+        _forward,
+        rows.shape[0],
+        rows,
+        added,
+        None if weight is None else weight.contiguous(),
+        y,
+        h,
+        *rows.shape,
+        rows.stride(0),
+        0 if added is None else added.stride(0),
+        eps,
+        FORM="none" if weight is None else form,
+        HAS_RESIDUAL=added is not None,
+        BLOCK=block_of(rows.shape[1]),
+    )
+    return y, h
+
+
+def _gradients(
+    h: torch.Tensor,
+    weight: torch.Tensor | None,
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    eps: float,
+    form: str,
+    wants_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of h, the incoming one added, and of the weight."""
+    rows, dy_rows = rows_of(h), rows_of(dy)
+    dh_rows = None if dh is None else rows_of(dh)
+    number, columns = rows.shape
+    block = block_of(columns)
+    blocks = -(-columns // block)
+    is_later = wants_weight and blocks > 1
+    dx = h.new_empty(h.shape)
+    programs = min(number, _MOST_PARTS)
+    parts = rows.new_empty(programs, columns, dtype=torch.float32) if wants_weight and not is_later else None
+    rstd = rows.new_empty(number, dtype=torch.float32) if is_later else None
+    launch(
+        _backward,
+        programs,
+        rows,
+        None if weight is None else weight.contiguous(),
+        dy_rows,
+        dh_rows,
+        dx,
+        rstd,
+        parts,
+        number,
+        columns,
+        rows.stride(0),
+        dy_rows.stride(0),
+        0 if dh_rows is None else dh_rows.stride(0),
+        eps,
+        FORM="none" if weight is None else form,
+        HAS_DH=dh is not None,
+        WEIGHT_GRADIENT="later" if is_later else "here" if wants_weight else "none",
+        BLOCK=block,
+    )
+    if is_later:
+        programs = min(number, max(_MOST_PARTS // blocks, 1))
+        parts = rows.new_empty(programs, columns, dtype=torch.float32)
+        sizes = number, columns, rows.stride(0), dy_rows.stride(0), programs, blocks
+        launch(_weight_gradient, programs * blocks, rows, dy_rows, rstd, parts, *sizes, BLOCK=block)
+    return dx, None if parts is None or weight is None else parts.sum(0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor | None, eps: float, form: str, result: torch.dtype
+    ) -> torch.Tensor:
+        return _normed(x, None, weight, eps, form, result)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, ctx.eps, ctx.form, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, dw = _gradients(x, weight, dy, None, ctx.eps, ctx.form, ctx.needs_input_grad[1])
+        return dx, dw, None, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        form: str,
+        result: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _normed(x, residual, weight, eps, form, result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        x, residual, weight, ctx.eps, ctx.form, _ = inputs
+        ctx.dtypes = x.dtype, residual.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        h, weight = ctx.saved_tensors
+        dx, dw = dh, None
+        if dy is not None:
+            dx, dw = _gradients(h, weight, dy, dh, ctx.eps, ctx.form, ctx.needs_input_grad[2])
+        if dx is None:
+            return None, None, None, None, None, None
+        return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dw, None, None, None
+
+
+@triton_kernel("rms_norm", _SOURCE)
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    form: Form = "standard",
+    result_dtype: ResultDtype = "x",
+) -> torch.Tensor:
+    """One kernel forward; backward one, and a second for the weight where a row is longer than a block."""
+    check_norm("rms_norm", x, {"form": (form, FORMS), "result_dtype": (result_dtype, RESULT_DTYPES)}, weight=weight)
+    y: torch.Tensor = _RMSNorm.apply(x, weight, eps, form, result_of(result_dtype, x.dtype, weight))
+    return y
+
+
+@triton_kernel("add_rms_norm", _SOURCE)
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    form: Form = "standard",
+    result_dtype: SumResultDtype = "sum",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernels of rms_norm, which add as they read; the gradient of h is added as dx is written."""
+    options = {"form": (form, FORMS), "result_dtype": (result_dtype, SUM_RESULT_DTYPES)}
+    check_norm("add_rms_norm", x, options, weight=weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"add_rms_norm: x has shape {tuple(x.shape)}, residual {tuple(residual.shape)}; pass equals.")
+    h_dtype = torch.promote_types(x.dtype, residual.dtype)
+    result = x.dtype if result_dtype == "x" else result_of(result_dtype, h_dtype, weight)
+    found: tuple[torch.Tensor, torch.Tensor] = _AddRMSNorm.apply(x, residual, weight, eps, form, result)
+    return found
