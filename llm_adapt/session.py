@@ -172,6 +172,16 @@ def _put_in_force(policy: Any, report: Report) -> None:
     report.add("ops", "policy", policy_text(), f"kernels are proved: {policy.proof.words}")
     report.sources.append(_op_lines)
     report.parts["ops"] = receipt
+    report.parts["environment"] = _environment
+
+
+# Variables that choose devices, kernels, numbers or libraries, whoever reads them.
+_TELLING = ("LLM_ADAPT_", "TORCH", "PYTORCH_", "CUDA_", "ASCEND_", "HCCL_", "NCCL_", "MLU_", "CNCL_", "HIP_", "TRITON_")
+
+
+def _environment() -> dict[str, str]:
+    """The variables in force that choose devices, kernels or numbers."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TELLING)}
 
 
 def _op_lines() -> Iterator[Line]:

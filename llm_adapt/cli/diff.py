@@ -57,6 +57,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str
     """
     rows = [("device", "", first["device"], second["device"])]
     rows += _compared("version", first["versions"], second["versions"])
+    rows += _compared("variable", *(_variables(report) for report in (first, second)))
     rows += _compared("op", _served(first.get("ops", ())), _served(second.get("ops", ())))
     rows += _compared("choice", _choices(first["choices"]), _choices(second["choices"]))
     return [row for row in rows if row[2] != row[3]]
@@ -64,6 +65,11 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str
 
 def _compared(part: str, first: dict[str, str], second: dict[str, str]) -> list[tuple[str, str, str, str]]:
     return [(part, name, first.get(name, "-"), second.get(name, "-")) for name in sorted(first.keys() | second.keys())]
+
+
+def _variables(report: dict[str, Any]) -> dict[str, str]:
+    """Environment variables, less those that name where reports go and differ by purpose."""
+    return {name: value for name, value in report.get("environment", {}).items() if name != "LLM_ADAPT_OUT"}
 
 
 def _served(rows: Iterable[dict[str, Any]]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import llm_adapt
 from llm_adapt.errors import SettingsError
+from llm_adapt.ops import using
 from llm_adapt.ops.dispatch.in_force import policy_in_force
 from llm_adapt.ops.dispatch.policy import Policy, Proof, parse_policy, parse_proof
 from llm_adapt.ops.dispatch.receipt import policy_text
@@ -150,3 +151,21 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_ADAPT_PROOF", "maybe")
     with pytest.raises(SettingsError, match="LLM_ADAPT_PROOF='maybe' was set; accepted: off, first, strict"):
         llm_adapt.patch(device="cpu")
+
+
+def test_a_block_with_parts_of_a_policy() -> None:
+    """`using` puts parts over what is in force, nests, and takes them back, also after an error."""
+    with llm_adapt.patched(device="cpu", ops="-chunked"):
+        order = policy_in_force().order
+        with using("rms_norm=reference", proof="strict"):
+            with using({"choose": {"rope": "reference"}}):
+                policy = policy_in_force()
+                assert policy.choose == {"rms_norm": "reference", "rope": "reference"}
+                assert (policy.order, policy.deny, policy.proof) == (order, frozenset({"chunked"}), Proof(raises=True))
+            with pytest.raises(ZeroDivisionError), using("order=chunked"):
+                assert policy_in_force().order == ("chunked",)
+                _ = 1 / 0
+            assert policy_in_force().choose == {"rms_norm": "reference"}
+        assert policy_in_force().choose == {}
+    with pytest.raises(SettingsError, match="proof='maybe' was asked"), using(proof="maybe"):
+        pass

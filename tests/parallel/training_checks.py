@@ -168,6 +168,44 @@ def tensor_parallel(rank: int, size: int) -> None:
     assert zeros(4, 4, device_mesh=mesh, placements=[Shard(0)]).to_local().shape == (2, 4)
 
 
+class Block(nn.Module):
+    """A layer that calls fused operators: norm, attention, gated unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(8))
+        self.qkv, self.up, self.out = nn.Linear(8, 24), nn.Linear(8, 32), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, 8] -> [B, S, 8]."""
+        from llm_adapt.ops.attention import attention
+        from llm_adapt.ops.glu import glu
+        from llm_adapt.ops.rms_norm import rms_norm
+
+        q, k, v = (part.unflatten(-1, (2, 4)) for part in self.qkv(rms_norm(x, self.norm)).chunk(3, -1))
+        x = x + attention(q, k, v, causal="bottom_right").flatten(2)
+        return x + self.out(glu(self.up(x)))
+
+
+@check
+def fused_operators(rank: int, size: int) -> None:
+    """Fused operators under DDP and FSDP2, with and without recomputation, give the gradients of one process."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def blocks() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Block(), Block()).cuda()
+
+    rows = torch.randn(4, 6, 8, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    expected = gradients(blocks(), rows)
+    close(gradients(DDP(blocks(), device_ids=[rank]), rows[rank::2]), expected, 1e-5)
+    for wrap in (lambda layer: layer, checkpoint_wrapper):
+        sharded = nn.Sequential(*(wrap(layer) for layer in blocks()))
+        for layer in sharded:
+            fully_shard(layer)
+        close(gradients(fully_shard(sharded), rows[rank::2]), expected, 1e-5)
+
+
 @check
 def pipeline(rank: int, size: int) -> None:
     """A pipeline stage on cuda hands its activations on."""

@@ -15,14 +15,14 @@ import difflib
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llm_adapt.errors import SettingsError
 from llm_adapt.ops.dispatch import registry
 
-__all__ = ["Policy", "Proof", "parse_policy"]
+__all__ = ["Policy", "Proof", "amended", "parse_policy", "parse_proof"]
 
 ANY = "*"
 
@@ -103,6 +103,24 @@ def parse_policy(text: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
     if text.endswith(".toml"):
         return _from_table(_read_toml(text), text)
     return _from_parts(part.strip() for part in text.replace(";", ",").replace("\n", ",").split(",") if part.strip())
+
+
+def amended(policy: Policy, ops: str | os.PathLike[str] | Mapping[str, Any], proof: str | None = None) -> Policy:
+    """A policy with some parts put over it; choices and denials are added, an order replaces the order.
+
+    Raises:
+        SettingsError: as `parse_policy`, or an unknown proof.
+    """
+    parts = parse_policy(ops)
+    parts["choose"] = {**policy.choose, **parts.get("choose", {})}
+    parts["layers"] = (*parts.get("layers", ()), *policy.layers)  # the first that matches counts
+    parts["deny"] = policy.deny | parts.get("deny", frozenset())
+    if proof is not None:
+        try:
+            parts["proof"] = parse_proof(proof)
+        except ValueError as error:
+            raise SettingsError(f"proof={proof!r} was asked; {error}.") from None
+    return replace(policy, **parts)
 
 
 def parse_proof(text: str) -> Proof:
