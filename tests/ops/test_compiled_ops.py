@@ -11,7 +11,7 @@ import torch
 from llm_adapt.ops.dispatch.dispatcher import Binding, dispatchers
 from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy
-from tests.ops.toy import TOY, scaled, toy_library, toy_op
+from tests.ops.scaled_op import TOY, scaled, toy_library, toy_op
 
 Entry = Callable[..., torch.Tensor]
 POLICY = Policy(order=(TOY,))

@@ -14,7 +14,7 @@ from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.dispatcher import Binding, Dispatcher, dispatchers
 from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
-from tests.ops.toy import TOY, scaled, toy_library, toy_op
+from tests.ops.scaled_op import TOY, scaled, toy_library, toy_op
 
 Entry = Callable[..., torch.Tensor]
 POLICY = Policy(order=(TOY,))

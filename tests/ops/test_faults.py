@@ -20,7 +20,7 @@ from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy, Proof
 from llm_adapt.ops.rms_norm import rms_norm
 from llm_adapt.ops.rope import rope
-from tests.ops.toy import TOY, toy_library
+from tests.ops.scaled_op import TOY, toy_library
 
 POLICY = Policy(order=(TOY,))
 _right = attention.op.reference  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from llm_adapt.ops.dispatch.policy import Policy, Proof
 from llm_adapt.ops.dispatch.proof import compare, prove, run_op
 from llm_adapt.ops.dispatch.receipt import receipt
 from llm_adapt.ops.dispatch.tolerances import Tolerance
-from tests.ops.toy import TOY, scaled, toy_library, toy_op
+from tests.ops.scaled_op import TOY, scaled, toy_library, toy_op
 
 Entry = Callable[..., torch.Tensor]
 POLICY = Policy(order=(TOY,))

@@ -10,7 +10,7 @@ import torch
 from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.dispatcher import dispatchers
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel, find_op, kernel, load_library
-from tests.ops.toy import TOY, inputs, scaled, toy_library, toy_op
+from tests.ops.scaled_op import TOY, inputs, scaled, toy_library, toy_op
 
 
 def double(x: torch.Tensor, bias: torch.Tensor | None = None, factor: float = 2.0) -> torch.Tensor:
