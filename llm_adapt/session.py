@@ -228,9 +228,11 @@ def unpatch() -> None:
             _save()
         finally:
             session, _session = _session, None
-            session.plan.undo()
-            _take_policy_back()
-            _put_back(session.environment)
+            try:
+                session.plan.undo()
+            finally:
+                _take_policy_back()
+                _put_back(session.environment)
 
 
 def _take_policy_back() -> None:

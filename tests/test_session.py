@@ -20,7 +20,7 @@ import llm_adapt
 from llm_adapt import session
 from llm_adapt.errors import DeviceError, PatchError, SettingsError
 from llm_adapt.frameworks.context import Context
-from llm_adapt.patching import Patch, Row
+from llm_adapt.patching import Patch, Plan, Row
 from tests.patching.toys import load, toys, wrap
 
 
@@ -364,3 +364,21 @@ def test_the_module_has_what_it_says() -> None:
     assert all(callable(getattr(llm_adapt, name)) for name in llm_adapt.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="has no attribute 'ptach'; it has"):
         llm_adapt.ptach  # noqa: B018
+
+
+def test_an_undo_that_fails_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables and the policy are put back whatever becomes of the replaced names."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    llm_adapt.patch(device="cpu")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    undo = Plan.undo
+
+    def failing(plan: Plan) -> list[str]:
+        undo(plan)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Plan, "undo", failing)
+    with pytest.raises(ZeroDivisionError):
+        llm_adapt.unpatch()
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    assert not llm_adapt.is_patched()

@@ -77,7 +77,7 @@ def _parts(thing: Any, depth: int = 0) -> Iterator[int]:
         inner = [thing.func, *thing.args, *thing.keywords.values()]
     elif isinstance(thing, type):
         yield from map(id, (thing.__bases__, thing.__mro__, *gc.get_referents(vars(thing))))
-        inner = [item for item in vars(thing).values() if isinstance(item, types.FunctionType)]
+        inner = [item for item in vars(thing).copy().values() if isinstance(item, types.FunctionType)]
     elif isinstance(thing, property):
         inner = [thing.fget, thing.fset, thing.fdel]
     elif isinstance(thing, (tuple, frozenset)):

@@ -16,7 +16,7 @@ from typing import Any
 from llm_adapt.errors import PatchError
 from llm_adapt.patching.places import namespace
 
-__all__ = ["ImportHook", "is_missing", "wait_for_import"]
+__all__ = ["ImportHook", "is_missing", "wait_for_begun_imports", "wait_for_import"]
 
 
 class ImportHook(importlib.abc.MetaPathFinder):
@@ -136,6 +136,26 @@ def wait_for_import(module: str, timeout_s: float = 60.0) -> None:
                 "Call it before that import, or after it."
             )
         time.sleep(0.001)
+
+
+def wait_for_begun_imports(modules: Iterable[str], timeout_s: float = 1.0) -> None:
+    """Wait until modules that other threads began to import, before the hook was there, are in sys.modules.
+
+    Such a thread has asked the finders without the hook, which therefore hears nothing of the module. Between that and
+    its place in sys.modules lie microseconds, in which CPython holds a lock of the module's name. A thread may also
+    hold it while it imports the parent package, which takes long; then the finders, and the hook, are asked later.
+    """
+    deadline = time.monotonic() + timeout_s
+    for module in modules:
+        while _is_begun_elsewhere(module) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
+
+def _is_begun_elsewhere(module: str) -> bool:
+    locks: dict[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})  # type: ignore[attr-defined]
+    reference = locks.get(module)
+    lock = reference() if reference is not None else None
+    return lock is not None and lock.owner not in (None, threading.get_ident()) and module not in sys.modules
 
 
 def _names(module: str) -> dict[str, Any]:

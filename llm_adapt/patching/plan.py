@@ -14,7 +14,7 @@ from llm_adapt.errors import PatchError
 from llm_adapt.patching.claims import check_places, check_rows
 from llm_adapt.patching.fingerprint import fingerprint_object
 from llm_adapt.patching.holders import holders
-from llm_adapt.patching.import_hook import ImportHook, is_missing, wait_for_import
+from llm_adapt.patching.import_hook import ImportHook, is_missing, wait_for_begun_imports, wait_for_import
 from llm_adapt.patching.journal import ABSENT, Journal
 from llm_adapt.patching.loans import Lender
 from llm_adapt.patching.places import MissingTarget, Place, find, like, missing, plain
@@ -83,6 +83,7 @@ class Plan:
         self._is_active = True
         self._hook.install()  # first, so that what another thread imports meanwhile is not missed
         try:
+            wait_for_begun_imports(self._by_module)
             loaded = [name for name in self._by_module if sys.modules.get(name) is not None]
             for name in loaded:
                 wait_for_import(name)

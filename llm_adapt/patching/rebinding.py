@@ -70,7 +70,9 @@ def rebind(
         The copies found that cannot be replaced.
     """
     walker = _Walker({id(swap.original): swap for swap in swaps}, journal, ours, also)
-    for name, module in list(sys.modules.items()) if walker.table else ():
+    # Copies, which are made in one step: list(d.items()) makes tuples, which may start the garbage collector and let
+    # another thread in, whose import changes the dict.
+    for name, module in sys.modules.copy().items() if walker.table else ():
         if name.partition(".")[0] in _SKIPPED_PACKAGES and name not in also:  # as in_scope, without a call
             continue
         if issubclass(type(module), types.ModuleType):
@@ -163,7 +165,7 @@ class _Walker:
         if depth and dict.__len__(box) > _MAX_MEMBERS:  # a module's own names (depth 0) are always looked at
             return
         names = []
-        for name, value in list(dict.items(box)):
+        for name, value in dict.copy(box).items():
             if id(value) in self.table or self.is_open(value):
                 self.visit(value, name if type(name) is str else "", depth, key, box, name)
             if type(name) is not str and id(name) in self.table:
@@ -189,7 +191,7 @@ class _Walker:
         names = _class_names(owner)
         if not self.in_scope(names.get("__module__")):
             return
-        for name, value in list(names.items()):
+        for name, value in names.copy().items():
             kind = type(value)
             held = value.__func__ if kind in (staticmethod, classmethod) else value
             if id(held) not in self.table and not self.is_open(held):

@@ -18,7 +18,7 @@ import pytest
 from llm_adapt.errors import PatchError
 from llm_adapt.patching import Plan
 from llm_adapt.patching.import_hook import ImportHook, wait_for_import
-from tests.patching.toys import ToyFinder, applied, load, toys, wrap
+from tests.patching.toys import ToyFinder, applied, load, restless, toys, wrap
 
 LOUD = ("loud", ("norm", 1))
 SOURCE = "def norm(x): return ('norm', x)\n"
@@ -238,7 +238,7 @@ def test_patch_inside_the_import_of_its_own_target_is_refused() -> None:
 def test_threads_that_import_while_the_plan_is_applied(rounds: int) -> None:
     """However imports and apply() interleave, every module is patched once and restored."""
     names = [f"kit{number}" for number in range(12)]
-    with toys(dict.fromkeys(names, SOURCE)):
+    with toys(dict.fromkeys(names, SOURCE)), restless():
         plan = Plan([wrap(f"{name}:norm") for name in names])
         start = threading.Barrier(5)
         failures: list[Exception] = []

@@ -25,7 +25,7 @@ from llm_adapt.frameworks import torch_cuda
 from llm_adapt.frameworks.context import Context
 from llm_adapt.patching import Patch, Row
 from tests.patching.snapshot import Snapshot
-from tests.patching.toys import load, toys
+from tests.patching.toys import load, restless, toys
 
 USER = {
     "early": """
@@ -172,10 +172,11 @@ def test_eight_threads(before: Snapshot) -> None:
                 failures.append(error)
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    with restless():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
     assert failures == []
     llm_adapt.unpatch()
     assert (session.is_patched(), before.differences(Snapshot())) == (False, [])

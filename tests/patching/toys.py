@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -16,7 +17,7 @@ from typing import Any
 
 from llm_adapt.patching import Patch, Plan
 
-__all__ = ["ToyFinder", "applied", "load", "louder", "statuses", "toys", "wrap"]
+__all__ = ["ToyFinder", "applied", "load", "louder", "restless", "statuses", "toys", "wrap"]
 
 
 class ToyFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -87,3 +88,16 @@ def applied(*rows: Any, **options: Any) -> Plan:
 def statuses(plan: Plan) -> list[tuple[str, str]]:
     """Target and status of every row."""
     return [(outcome.row.target, outcome.status) for outcome in plan.outcomes()]
+
+
+@contextlib.contextmanager
+def restless() -> Iterator[None]:
+    """Threads change, and garbage is collected, at nearly every step: what can interleave does."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-5)
+    gc.set_threshold(5, 5, 5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
