@@ -31,18 +31,25 @@ _EXAMPLES = """examples:
   python benchmarks/dispatch.py --only attention    ops whose name contains the text
   python benchmarks/dispatch.py --json out.json     also as JSON, with versions and date
 """
-GOAL_US = 1.0
+GOAL_US = 1.0  # and for an op over lists, 0.1 for each tensor: it hands over hundreds, and computes for milliseconds
+_PER_TENSOR_US = 0.1
 _NAME = "does_nothing"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Best times of one op in microseconds a call; graph breaks of its compiled call."""
+    """Best times of one op in microseconds a call; graph breaks of its compiled call; tensors in lists."""
 
     op: str
     direct_us: float
     entry_us: float
     graph_breaks: int
+    num_listed: int = 0
+
+    @property
+    def goal_us(self) -> float:
+        """How much dispatch may add."""
+        return GOAL_US + _PER_TENSOR_US * self.num_listed
 
     @property
     def added_us(self) -> float:
@@ -51,8 +58,8 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """Whether the goals are met: at most 1 us added, no graph break."""
-        return "ok" if self.added_us <= GOAL_US and self.graph_breaks == 0 else "MISSED"
+        """Whether the goals are met: no more added than the goal, no graph break."""
+        return "ok" if self.added_us <= self.goal_us and self.graph_breaks == 0 else "MISSED"
 
 
 @contextlib.contextmanager
@@ -85,7 +92,8 @@ def measure(name: str, rounds: int) -> Result:
         for _ in range(rounds):
             for what, call in (("direct", lambda: kernel(*everything)), ("entry", lambda: entry(*everything))):
                 best[what] = min(best[what], _best_us(call))
-    return Result(name, best["direct"], best["entry"], graph_breaks(name))
+    num_listed = sum(len(arguments[listed]) for listed in op.lists if arguments[listed] is not None)
+    return Result(name, best["direct"], best["entry"], graph_breaks(name), num_listed)
 
 
 def graph_breaks(name: str) -> int:
@@ -112,11 +120,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     results = []
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread, best of {args.rounds} rounds")
-    print(f"{'op':26s} {'direct us':>9s} {'entry us':>9s} {'added us':>9s} {'breaks':>6s}  (goal: +{GOAL_US} us, 0)")
+    print(f"{'op':26s} {'direct us':>9s} {'entry us':>9s} {'added us':>9s} {'goal us':>8s} {'breaks':>6s}")
     for name in (name for name in all_ops() if args.only in name):
         found = measure(name, args.rounds)
         results.append(found)
-        figures = f"{found.direct_us:9.2f} {found.entry_us:9.2f} {found.added_us:+9.2f} {found.graph_breaks:6d}"
+        times = f"{found.direct_us:9.2f} {found.entry_us:9.2f} {found.added_us:+9.2f}"
+        figures = f"{times} {found.goal_us:+8.1f} {found.graph_breaks:6d}"
         print(f"{name:26s} {figures}  {found.verdict}", flush=True)
     if args.json is not None:
         record = {

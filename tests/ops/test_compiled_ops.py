@@ -113,3 +113,35 @@ def test_autocast_does_not_reach_inside() -> None:
         code = whole_graph(lambda x: entry(x))
         assert code(x).dtype == torch.bfloat16
         assert torch.equal(code(x), entry(x))
+
+
+def test_deterministic_algorithms_are_asked_for(entry: Entry) -> None:
+    """Code that is compiled anew because the script wants deterministic algorithms is chosen for anew."""
+    with toy_library("scaled", double, compilable=True, deterministic=False), using(POLICY):
+        code = whole_graph(lambda x: entry(x))
+        code(torch.ones(3))
+        assert last().choice.library == TOY
+        torch.use_deterministic_algorithms(True)
+        try:
+            code(torch.ones(3))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert "is not deterministic" in last().choice.refusals[TOY]
+
+
+def test_functorch(entry: Entry) -> None:
+    """A kernel that does not serve inside vmap is not traced there either."""
+    with toy_library("scaled", double, compilable=True), using(POLICY):
+        whole_graph(lambda x: entry(x))(torch.ones(3))
+        assert last().choice.library == TOY
+        whole_graph(lambda x: torch.vmap(entry)(x))(torch.ones(2, 3))
+        assert "vmap" in last().choice.refusals[TOY]
+
+
+def test_code_for_two_devices(entry: Entry) -> None:
+    """Inside autocast, what is traced turns it off on its own device, and casts to what is in force then."""
+    names = set()
+    for device, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float16), ("meta", torch.bfloat16)):
+        with torch.autocast("cpu", dtype):
+            names.add(dispatchers["scaled"].traced((("x", torch.float32, device, False),), ()))
+    assert len(names) == 3

@@ -24,6 +24,8 @@ class TensorFacts(NamedTuple):
     Attributes:
         sizes: its shape; None while code is compiled, where shapes may be symbols.
         is_plain: a torch.Tensor or Parameter, no subclass such as DTensor.
+        layout: how the axes of a tensor that is not contiguous lie in memory: the order of their strides, where an
+            expanded axis (0) and the one of neighbours (1) stand out; axes of one element are -1.
     """
 
     sizes: torch.Size | None
@@ -33,6 +35,7 @@ class TensorFacts(NamedTuple):
     is_contiguous: bool
     is_plain: bool
     type_name: str
+    layout: tuple[int, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
@@ -61,7 +64,14 @@ def facts(tensor: torch.Tensor) -> TensorFacts:
         tensor.is_contiguous(),
         type(tensor) in _TENSOR_TYPES,
         type(tensor).__name__,
+        () if tensor.is_contiguous() else _layout(tensor),
     )
+
+
+def _layout(tensor: torch.Tensor) -> tuple[int, ...]:
+    order = sorted(set(tensor.stride()))
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(-1 if size == 1 else stride if stride < 2 else 2 + order.index(stride) for size, stride in pairs)
 
 
 @dataclass(frozen=True)

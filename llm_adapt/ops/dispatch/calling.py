@@ -9,7 +9,7 @@ import torch
 
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
-__all__ = ["as_autocast", "outside_autocast", "positional"]
+__all__ = ["as_autocast", "autocast_dtype", "outside_autocast", "positional"]
 
 
 def positional(op: FusedOp, kernel: Kernel | None) -> Callable[..., Any]:
@@ -26,25 +26,43 @@ def positional(op: FusedOp, kernel: Kernel | None) -> Callable[..., Any]:
     return found
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts floating-point tensors of a device to; None where it is off, or not there as on meta."""
+    if not device or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def as_autocast(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments as a kernel gets them: inside autocast those that the op declares are cast as torch's own do."""
     if not op.autocast or not torch._C._is_any_autocast_enabled():
         return arguments
-    return arguments | {name: _cast(arguments[name]) for name in op.autocast}
+    dtype = autocast_dtype(_device_of(arguments[op.autocast[0]]))
+    return arguments | {name: _cast(arguments[name], dtype) for name in op.autocast}
 
 
 def outside_autocast(op: FusedOp, function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Call with autocast off, which would cast inside the kernel; the op's own casts are made first."""
+    """Call with autocast off, which would cast inside the kernel; the op's own casts are made first.
+
+    To the dtype that is in force now: what is bound is bound for it.
+    """
+    if not device or not torch.amp.is_autocast_available(device):
+        return function
     is_cast = [name in op.autocast for name in op.signature.parameters]
+    dtype = autocast_dtype(device)
 
     def without_autocast(*arguments: Any) -> Any:
-        arguments = tuple(_cast(item) if cast else item for item, cast in zip(arguments, is_cast, strict=True))
+        arguments = tuple(_cast(item, dtype) if cast else item for item, cast in zip(arguments, is_cast, strict=True))
         with torch.autocast(device, enabled=False):
             return function(*arguments)
 
     return without_autocast
 
 
-def _cast(value: Any) -> Any:
+def _device_of(value: Any) -> str:
+    return value.device.type if isinstance(value, torch.Tensor) else ""
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     is_float = isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return value.to(torch.get_autocast_dtype(value.device.type)) if is_float else value
+    return value.to(dtype) if is_float and dtype is not None else value

@@ -21,12 +21,14 @@ class Choice:
         reason: one line.
         refusals: library -> why it does not serve, in the order in which they were asked.
         verdict: of the proof, None when there was none.
+        is_final: False when a kernel was passed over for what will pass: the next such call is asked anew.
     """
 
     library: str
     reason: str
     refusals: dict[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
+    is_final: bool = True
 
 
 def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
@@ -37,7 +39,12 @@ def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:
     if any(not tensor.is_plain for tensor in call.tensors.values()):
         kinds = {tensor.type_name for tensor in call.tensors.values() if not tensor.is_plain}
         return f"takes plain tensors, not {', '.join(sorted(kinds))}"
-    if call.device == "meta":
+    if any(tensor.dtype.is_complex for tensor in call.tensors.values()):
+        return "takes real tensors: nothing compares complex ones"
+    numbers = sorted(name for name in call.tensors if op.kinds.get(name) == "option")
+    if numbers:
+        return f"takes a number, not a tensor, as {', '.join(numbers)}"
+    if any(tensor.device == "meta" for tensor in call.tensors.values()):
         return "computes, and tensors on meta have no values"
     if op.differentiable != () and not call.is_inference:
         if not kernel.has_backward:
@@ -77,7 +84,7 @@ def proof_kind(call: Call, op: FusedOp) -> Any:
         return size if size <= 16 else (order.setdefault(size, len(order)), size.bit_length(), size % 16 == 0)
 
     tensors = tuple(
-        (name, t.dtype, t.device, tuple(map(coarse, t.shape)), t.shape[-1:], t.is_contiguous)
+        (name, t.dtype, t.device, tuple(map(coarse, t.shape)), t.shape[-1:], t.layout)
         for name, t in call.tensors.items()
     )
     options = tuple((name, value) for name, value in call.options.items() if name not in op.dynamic | op.hints)

@@ -12,11 +12,10 @@ import torch
 from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch import registry
 from llm_adapt.ops.dispatch.call import Call, TensorFacts, describe, same
-from llm_adapt.ops.dispatch.calling import as_autocast, outside_autocast, positional
+from llm_adapt.ops.dispatch.calling import as_autocast, autocast_dtype, outside_autocast, positional
 from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
 from llm_adapt.ops.dispatch.entry import make_entry, tensor_check
-from llm_adapt.ops.dispatch.in_force import listeners, lock, policy_in_force
-from llm_adapt.ops.dispatch.policy import Policy
+from llm_adapt.ops.dispatch.in_force import Moment, listeners, lock, moment, policy_in_force
 from llm_adapt.ops.dispatch.proof import Verdict, apart, prove
 from llm_adapt.ops.dispatch.registry import REFERENCE, FusedOp, Kernel
 
@@ -47,8 +46,8 @@ class Binding:
 class Dispatcher:
     """Everything about one op that changes: its bindings, its proofs, its quarantined kernels."""
 
-    def __init__(self, op: FusedOp, layer: str = "") -> None:
-        self.op, self.layer = op, layer
+    def __init__(self, op: FusedOp, layer: str = "", whole: Dispatcher | None = None) -> None:
+        self.op, self.layer, self.whole = op, layer, whole or self  # whole: of the op, in all layers
         self.table: dict[Any, Binding] = {}
         self.recent: dict[Any, tuple[tuple[Callable[..., bool], Binding], ...]] = {}  # options -> checks of tensors
         self.compiled: dict[str, Callable[..., Any]] = {}
@@ -60,55 +59,60 @@ class Dispatcher:
 
     def forget(self) -> None:
         """Drop what was decided for keys: the policy has changed. Verdicts and the receipt stay."""
-        for dispatcher in (self, *map(dispatcher_of, self.layers.values())):
-            dispatcher.table.clear()
-            dispatcher.recent.clear()
-            dispatcher.entry.__globals__["_version"] += 1  # compiled code is guarded by it, and compiled anew
+        with lock:
+            for dispatcher in (self, *map(dispatcher_of, self.layers.values())):
+                dispatcher.table.clear()
+                dispatcher.recent.clear()
+                dispatcher.entry.__globals__["_version"] += 1  # compiled code is guarded by it, and compiled anew
 
     def start_over(self) -> None:
-        """Forget everything that was learned of this op's kernels."""
+        """Forget everything that was learned of this op's kernels. Modules keep their layer's entry, so it stays."""
         self.forget()
-        for memory in (self.bindings, self.verdicts, self.quarantine, self.layers):
+        for memory in (self.bindings, self.verdicts, self.quarantine):
             memory.clear()
 
     def at(self, layer: str) -> Callable[..., Any]:
         """The op as the module of that name calls it; the op itself unless the policy tells layers apart."""
         if not policy_in_force().has_layers(self.op.name):
             return self.entry
-        if layer not in self.layers:
-            named = Dispatcher(self.op, layer)
-            named.verdicts, named.quarantine, named.bindings = self.verdicts, self.quarantine, self.bindings
-            named.entry._dispatcher = named  # type: ignore[attr-defined]
-            self.layers[layer] = named.entry
-        return self.layers[layer]
+        with lock:
+            if layer not in self.layers:
+                named = Dispatcher(self.op, layer, self)
+                named.verdicts, named.quarantine, named.bindings = self.verdicts, self.quarantine, self.bindings
+                named.entry._dispatcher = named  # type: ignore[attr-defined]
+                self.layers[layer] = named.entry
+            return self.layers[layer]
 
     # -- called by the entry ----------------------------------------------------------------------------------
 
     def bind(self, options: Any, key: Any, arguments: tuple[Any, ...]) -> Binding:
         """Choose for a new key, and remember. Holds no lock: a proof may come by here for another op."""
-        policy = policy_in_force()
+        since = moment()
         if self.op.lists and (error := self.reject(None, arguments)):  # a tensor passes for a list of its rows
             raise error
         named = as_autocast(self.op, dict(zip(self.op.signature.parameters, arguments, strict=True)))
         call = self.describe(named)
         choice = self.choose(call, lambda kernel: self.proved(kernel, call, named))
-        check = None if call.device == "meta" else tensor_check(self.op, arguments)
-        return self._remember(key, call, choice, policy, options, check)
+        if any(self.op.kinds.get(name) == "option" for name in call.tensors):
+            choice.is_final = False  # a key would keep that tensor
+        is_cast = bool(self.op.autocast) and torch._C._is_any_autocast_enabled()  # to a dtype that guards do not see
+        return self._remember(key, call, choice, since, options, None if is_cast else tensor_check(self.op, arguments))
 
     def traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> str:
         """The library that compiled code calls, chosen while it is traced: of a compilable kernel, or the reference.
 
         Kernels are proved there on the op's own inputs of that dtype, with the options of the call.
         """
+        since, call = moment(), self._traced_call(tensors, options)
         is_autocast = torch._C._is_any_autocast_enabled()
-        key = ("compiled", is_autocast, tensors, options)
+        casts = (is_autocast, call.device, autocast_dtype(call.device) if is_autocast else None)
+        key = ("compiled", *casts, call.is_inference, call.is_transformed, call.is_deterministic, tensors, options)
         found = self.table.get(key)
         if found is None:
-            policy, call = policy_in_force(), self._traced_call(tensors, options)
             choice = self.choose(call, lambda kernel: self.proved_on_samples(kernel, call))
-            found = self._remember(key, call, choice, policy)
+            found = self._remember(key, call, choice, since)
         found.calls += 1
-        name = f"{found.choice.library} {'outside autocast' if is_autocast else ''}"
+        name = f"{found.choice.library} {f'outside autocast {casts}' if is_autocast else ''}"
         self.compiled.setdefault(name, found.call)
         return name
 
@@ -116,7 +120,7 @@ class Dispatcher:
         named: dict[str, TensorFacts] = {}
         for name, given_dtype, device, needs_grad in tensors:
             is_cast = name in self.op.autocast and torch._C._is_any_autocast_enabled()
-            dtype = torch.get_autocast_dtype(device) if is_cast else given_dtype
+            dtype = (autocast_dtype(device) if is_cast else None) or given_dtype
             key = name if self.op.kinds[name] == "tensor" else f"{name}[{sum(k.startswith(name + '[') for k in named)}]"
             named[key] = TensorFacts(None, dtype, device, needs_grad, True, True, "Tensor")
         values = self.op.defaults | dict(options)
@@ -127,6 +131,7 @@ class Dispatcher:
             {name: value for name, value in values.items() if name not in {n for n, *_ in tensors}},
             frozenset(given),
             is_inference=torch.is_inference_mode_enabled(),
+            is_transformed=torch._C._are_functorch_transforms_active(),
             is_compiling=True,
             is_deterministic=torch.are_deterministic_algorithms_enabled(),
             layer=self.layer,
@@ -167,13 +172,15 @@ class Dispatcher:
         if chosen:
             return self._explicit(chosen, call, proved)
         refusals: dict[str, str] = {}
+        is_final = True
         for library in policy_in_force().order:
             reason, verdict = self._ask(library, call, proved)
             if not reason:
-                return Choice(library, "first in order that serves", refusals, verdict)
+                return Choice(library, "first in order that serves", refusals, verdict, is_final)
             refusals[library] = reason
+            is_final = is_final and (verdict is None or verdict.is_final)
         why = "no kernel serves" if refusals else "no kernel library is in the order"
-        return Choice(REFERENCE, why, refusals)
+        return Choice(REFERENCE, why, refusals, is_final=is_final)
 
     def _explicit(self, library: str, call: Call, proved: Callable[[Kernel], Verdict | None]) -> Choice:
         reason, verdict = self._ask(library, call, proved)
@@ -226,8 +233,8 @@ class Dispatcher:
             return self.proved_on_samples(kernel, call)
         kind = (kernel.library, proof_kind(call, self.op))
         if kind not in self.verdicts:
-            if _is_capturing(call.device):
-                return Verdict(False, "it was not proved before the capture of a graph began")
+            if unfit := _why_not_now(self.op, call):
+                return Verdict(False, unfit, is_final=False)
             self.verdicts[kind] = verdict = prove(self.op, kernel, arguments, policy_in_force().cases)
             if not verdict.holds:
                 self.condemn(kernel, call, verdict)
@@ -239,8 +246,10 @@ class Dispatcher:
             return None
         kind = (kernel.library, call.dtype, call.device, tuple(call.options.items()))
         if kind not in self.verdicts:
+            if unfit := _why_not_now(self.op, call):
+                return Verdict(False, unfit, is_final=False)
             verdict = Verdict(False, "no input of the op's own has this form, so it could not be proved")
-            for sample in apart(lambda: list(self.op.samples(call))):
+            for sample in apart(lambda: list(self.op.samples(call)), call.device):
                 verdict = prove(self.op, kernel, sample, policy_in_force().cases)
                 if not verdict.holds:
                     self.condemn(kernel, call, verdict)
@@ -250,40 +259,44 @@ class Dispatcher:
 
     def condemn(self, kernel: Kernel, call: Call, verdict: Verdict) -> None:
         """Quarantine a kernel that failed its proof: one clear warning, or an error in strict mode."""
-        self.quarantine[kernel.library] = verdict.reason
+        with lock:  # first of all: what follows may raise, a warning too
+            self.quarantine[kernel.library] = verdict.reason
+            self.whole.forget()
         message = (
             f"Kernel {kernel.name} was quarantined: for {call} {verdict.reason}. "
-            f"{'Case: ' + verdict.case + '. ' if verdict.case else ''}The reference serves from now on."
+            f"{'Case: ' + verdict.case + '. ' if verdict.case else ''}It serves no more in this process."
         )
         if policy_in_force().strict or policy_in_force().proof.raises:
             raise KernelError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        self.forget()
 
     # -- calling ----------------------------------------------------------------------------------------------
 
-    def callable_of(self, library: str, call: Call) -> Callable[..., Any]:
+    def callable_of(self, library: str, call: Call, every: int = 0) -> Callable[..., Any]:
         """What a binding calls with all of the op's arguments by position."""
         function = positional(self.op, self.op.kernels.get(library))
-        if policy_in_force().proof.every and library != REFERENCE and not call.is_compiling:
-            function = self._sampled(function, self.op.kernels[library], call)
+        # functorch's tensors mean nothing outside, where a proof runs
+        if every and library != REFERENCE and not call.is_compiling and not call.is_transformed:
+            function = self._sampled(function, self.op.kernels[library], call, every)
         if torch._C._is_any_autocast_enabled():
             function = outside_autocast(self.op, function, call.device)
         return function
 
-    def _sampled(self, function: Callable[..., Any], kernel: Kernel, call: Call) -> Callable[..., Any]:
-        """Prove again at each so-many-th call."""
-        every, names = policy_in_force().proof.every, list(self.op.signature.parameters)
+    def _sampled(self, function: Callable[..., Any], kernel: Kernel, call: Call, every: int) -> Callable[..., Any]:
+        """Prove again at each so-many-th call. After a failure the call is chosen for anew, as all that follow."""
+        names = list(self.op.signature.parameters)
         count = 0
 
         def sampled(*arguments: Any) -> Any:
             nonlocal count
             count += 1
-            if count % every == 0:
-                verdict = prove(self.op, kernel, dict(zip(names, arguments, strict=True)), policy_in_force().cases)
+            if count % every == 0 and not _why_not_now(self.op, call):
+                named = dict(zip(names, arguments, strict=True))
+                verdict = prove(self.op, kernel, named, policy_in_force().cases)
                 if not verdict.holds:
                     self.condemn(kernel, call, verdict)
-                    return positional(self.op, None)(*arguments)
+                    choice = self.choose(call, lambda other: self.proved(other, call, named))
+                    return positional(self.op, self.op.kernels.get(choice.library))(*arguments)
             return function(*arguments)
 
         return sampled
@@ -293,20 +306,23 @@ class Dispatcher:
         key: Any,
         call: Call,
         choice: Choice,
-        policy: Policy,
+        since: Moment,
         options: Any = None,
         check: Callable[..., bool] | None = None,
     ) -> Binding:
         """The binding for this kind of call; looked up from now on, unless the policy has changed meanwhile."""
         refusals = tuple(choice.refusals.items())
-        state = (call.is_compiling, torch._C._is_any_autocast_enabled(), policy)
+        casts = (torch._C._is_any_autocast_enabled(), autocast_dtype(call.device))
+        state = (call.is_compiling, call.is_transformed, *casts, since.policy)
         kind = (choice.library, choice.reason, refusals, call.variant, call.dtype, call.device, call.layer, state)
         with lock:
             found = self.bindings.get(kind)
             if found is None:
-                found = self.bindings[kind] = Binding(self.callable_of(choice.library, call), choice, call)
+                function = self.callable_of(choice.library, call, since.policy.proof.every)
+                found = self.bindings[kind] = Binding(function, choice, call)
                 log.info("%s: %s (%s)", call, choice.library, choice.reason)
-            if policy_in_force() is policy and call.device != "meta":  # whose ordinal is the CPU's
+            # Another thread may have changed the policy, or found the kernel wrong, while this one was choosing.
+            if choice.is_final and moment() == since and choice.library not in self.quarantine:
                 if len(self.table) >= _MOST_KEYS:
                     self.table.clear()
                     self.recent.clear()
@@ -326,10 +342,19 @@ def _spell(value: Any) -> str:
     return type(value).__name__ + (f" of {', '.join(kinds)}" if kinds else "")
 
 
-def _is_capturing(device: str) -> bool:
-    """Whether a graph of the device is being captured, into which a proof would fall."""
-    is_capturing = getattr(getattr(torch, device, None), "is_current_stream_capturing", None)
-    return bool(is_capturing and is_capturing())
+def _why_not_now(op: FusedOp, call: Call) -> str:
+    """Why nothing can be proved here and now; "" when it can.
+
+    A proof would fall into a graph of the device that is being captured. In a backward pass on a device its gradients
+    would wait for the thread of that device, which waits for the proof.
+    """
+    is_capturing = getattr(getattr(torch, call.device, None), "is_current_stream_capturing", None)
+    if is_capturing and is_capturing():
+        return "it was not proved before the capture of a graph began"
+    has_gradients = op.differentiable != () and not op.mutates
+    if has_gradients and call.device != "cpu" and torch._C._current_graph_task_id() != -1:
+        return "it was not proved before the backward pass began"
+    return ""
 
 
 def dispatcher_of(entry: Callable[..., Any]) -> Dispatcher:

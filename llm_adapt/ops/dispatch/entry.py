@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from llm_adapt.ops.dispatch.calling import autocast_dtype
 from llm_adapt.ops.dispatch.registry import FusedOp
 
 try:
@@ -27,10 +28,12 @@ except ImportError:
 
 __all__ = ["make_entry", "tensor_check"]
 
-_TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.requires_grad, {0}.is_contiguous()"
-# An optimizer hands over thousands: what they have in common is all that there is time for.
-_TENSORS = "len({0}), *map(frozenset, (map(type, {0}), map(_dtype, {0}), map(_ordinal, {0}), map(_is_contiguous, {0})))"
+_TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad, {0}.is_contiguous() or {0}.stride()"
+# An optimizer hands over thousands: what they have in common is all that there is time for in Python.
+_TENSORS = "len({0}), *map(frozenset, (map(type, {0}), map(_dtype, {0}), map(_device, {0}), map(_is_contiguous, {0})))"
 _STATE = "_is_inference(), _is_autocast(), _is_transformed()"
+# Of an op that casts as autocast does, also to what: kernels are asked about what they will get.
+_AUTOCAST = ", _is_autocast() and _autocast_dtype({0}.device.type)"
 # What compiled code may decide by: constants to dynamo. Shapes may be symbols there.
 _TRACED = "({1!r}, {0}.dtype, {0}.device.type, {0}.requires_grad)"
 
@@ -60,7 +63,8 @@ def make_entry(op: FusedOp, dispatch: Dispatch) -> Callable[..., Any]:
         "_is_autocast": torch._C._is_any_autocast_enabled,
         "_is_transformed": torch._C._are_functorch_transforms_active,
         "_is_deterministic": torch._C._get_deterministic_algorithms,  # what torch's own function returns
-        "_ordinal": torch._C.TensorBase.get_device,  # Tensor.get_device is CUDA's ordinal while patched
+        "_device": operator.attrgetter("device"),
+        "_autocast_dtype": autocast_dtype,
         "_dtype": operator.attrgetter("dtype"),
         "_is_contiguous": torch._C.TensorBase.is_contiguous,
         "_recent": dispatch.recent.get,
@@ -81,20 +85,20 @@ def make_entry(op: FusedOp, dispatch: Dispatch) -> Callable[..., Any]:
 
 
 def tensor_check(op: FusedOp, arguments: Sequence[Any]) -> Callable[..., bool] | None:
-    """torch's check for tensors like these, called with all of the op's tensors, those that are None too.
+    """torch's check for tensors like these, called with all of the op's tensors and lists, those that are None too.
 
-    None for lists of tensors, and where this torch has no such check.
+    None where there is no tensor, and where this torch has no such check.
     """
     named = dict(zip(op.signature.parameters, arguments, strict=True))
     names = [name for name, kind in op.kinds.items() if kind != "option"]
     present = [name for name in names if named[name] is not None]
-    if TensorGuards is None or not present or "tensors" in op.kinds.values():
+    tensors = [item for name in present for item in (named[name] if name in op.lists else [named[name]])]
+    if TensorGuards is None or not tensors:
         return None
-    tensors = [named[name] for name in present]
     check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    if len(present) < len(names):
-        source = f"lambda {', '.join(names)}: _check({', '.join(present)})"
-        check = eval(source, {"_check": check})
+    if len(present) < len(names) or op.lists:
+        passed = ", ".join(f"*{name}" if name in op.lists else name for name in present)
+        check = eval(f"lambda {', '.join(names)}: _check({passed})", {"_check": check})
     return check
 
 
@@ -107,7 +111,9 @@ def _source(op: FusedOp) -> str:
     optional = [name for name in tensors if name in op.defaults]
     # Of a number that changes from call to call, whether it was given: a kernel that does not take it must not serve.
     given = [f"{name} == _default_{name}" for name in op.defaults if name in op.dynamic - op.hints]
-    options = "".join(f"{part}, " for part in (*static, *given, *(f"{name} is None" for name in optional)))
+    present = [f"{name} is None" for name in optional if name not in op.lists]
+    present += [f"-1 if {name} is None else len({name})" for name in tensors if name in op.lists]
+    options = "".join(f"{part}, " for part in (*static, *given, *present))
     facts = ", ".join(_key_part(op, name) for name in tensors) or "None"
     traced_tensors = " + ".join(_traced_part(op, name) for name in tensors) or "()"
     # A member of a set is a constant to dynamo, where a number may be a symbol (dynamic=True).
@@ -115,7 +121,7 @@ def _source(op: FusedOp) -> str:
     traced_options += "".join(
         f"({part.split()[0]!r}, _default_{part.split()[0]} if {part} else 'given'), " for part in given
     )
-    place = f"_ordinal({tensors[0]})" if tensors and op.kinds[tensors[0]] == "tensor" else "None"
+    state = _STATE + (_AUTOCAST.format(op.autocast[0]) if op.autocast else "")
     return (
         f"def {op.name}{_parameters(op)}:\n"
         f"    if _is_compiling():\n"
@@ -126,7 +132,7 @@ def _source(op: FusedOp) -> str:
         f"            if _check({', '.join(tensors)}):\n"
         f"                break\n"
         f"        else:\n"
-        f"            _key = (_options, {place}, {facts}, {_STATE})\n"
+        f"            _key = (_options, {facts}, {state})\n"
         f"            _binding = _lookup(_key)\n"
         f"    except (AttributeError, TypeError) as _error:\n"
         f"        raise _reject(_error, ({arguments})) from None\n"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from llm_adapt.ops.dispatch.policy import Policy
 
-__all__ = ["listeners", "lock", "policy_in_force", "start_over", "use_policy", "using"]
+__all__ = ["Moment", "listeners", "lock", "moment", "policy_in_force", "start_over", "use_policy", "using"]
 
 
 class Listener(Protocol):
@@ -24,12 +24,26 @@ class Listener(Protocol):
 
 lock = threading.RLock()
 listeners: dict[str, Listener] = {}  # op -> its dispatcher, for the ops imported so far
-_policy = Policy()  # nothing is preferred: every op is its reference until patch() or the user says otherwise
+
+
+class Moment(NamedTuple):
+    """A policy, and how often it had been changed when it was put in force: the same one may leave and come back."""
+
+    policy: Policy
+    changes: int
+
+
+_now = Moment(Policy(), 0)  # nothing is preferred: every op is its reference until patch() or the user says otherwise
+
+
+def moment() -> Moment:
+    """The policy that decides now, and since which change."""
+    return _now
 
 
 def policy_in_force() -> Policy:
     """The policy that decides now."""
-    return _policy
+    return _now.policy
 
 
 def use_policy(policy: Policy) -> Policy:
@@ -38,10 +52,11 @@ def use_policy(policy: Policy) -> Policy:
     Returns:
         the policy that was in force before.
     """
-    global _policy
+    global _now
     with lock:
-        before, _policy = _policy, policy
-        for listener in listeners.values():
+        before = _now.policy
+        _now = Moment(policy, _now.changes + 1)
+        for listener in list(listeners.values()):  # another thread may import an op
             listener.forget()
     return before
 
@@ -50,7 +65,7 @@ def start_over(policy: Policy) -> None:
     """Put a policy in force and forget calls, proofs and quarantines: a session begins or ends."""
     with lock:
         use_policy(policy)
-        for listener in listeners.values():
+        for listener in list(listeners.values()):
             listener.start_over()
 
 

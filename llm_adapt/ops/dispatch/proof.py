@@ -38,6 +38,7 @@ class Verdict:
         seconds: how long the proof took.
         case: file with the inputs of a failed proof, "" when none was saved.
         is_partial: the call was too large and a part of it was proved.
+        is_final: False when nothing was run, because it could not be here and now.
     """
 
     holds: bool
@@ -46,6 +47,7 @@ class Verdict:
     seconds: float = 0.0
     case: str = ""
     is_partial: bool = False
+    is_final: bool = True
 
 
 def prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str = "") -> Verdict:
@@ -58,16 +60,23 @@ def prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str = "
     Returns:
         the verdict; an exception of the kernel is a failed proof, one of the reference is raised.
     """
-    return apart(lambda: _prove(op, kernel, arguments, cases))
+    tensors = [tensor for value in arguments.values() for _, tensor in named_tensors("", value)]
+    device = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), "cpu")
+    return apart(lambda: _prove(op, kernel, arguments, cases), device)
 
 
-def apart(act: Callable[[], T]) -> T:
-    """Do something in a thread of its own, where nothing is in force that belongs to the calling thread."""
+def apart(act: Callable[[], T], device: str = "cpu") -> T:
+    """Do something in a thread of its own, where nothing is in force that belongs to the calling thread.
+
+    Except the current device and stream of that type: kernels are launched there, and behind what made the inputs.
+    """
+    take_place = _place_of_caller(device)
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
+            take_place()
             results.append(act())
         except BaseException as error:  # noqa: BLE001 - raised in the calling thread, below
             errors.append(error)
@@ -80,28 +89,63 @@ def apart(act: Callable[[], T]) -> T:
     return results[0]
 
 
+def _place_of_caller(device: str) -> Callable[[], None]:
+    """What puts another thread on the current device and stream of this one."""
+    module: Any = getattr(torch, device, None)
+    if device == "cpu" or not all(hasattr(module, name) for name in ("set_device", "set_stream")):
+        return lambda: None
+    index, stream = module.current_device(), module.current_stream()
+
+    def take_place() -> None:
+        module.set_device(index)
+        module.set_stream(stream)
+
+    return take_place
+
+
 def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -> Verdict:
     start = time.perf_counter()
-    small, is_partial = arguments, op.shrink is not None and _elements(arguments.values()) > _MOST_ELEMENTS
-    if op.shrink is not None and is_partial:
-        small = op.shrink(arguments)
+    small = _part(op, arguments)
+    is_partial = small is not arguments
     if op.random:
         small = small | {op.random: 0.0}
     expected = run_op(op, op.reference, small, kernel.has_backward, oracle=op.oracle)
-    for name in kernel.no_gradient:
-        expected.pop(f"gradient of {name}", None)
     try:
         taken = {name: value for name, value in small.items() if name in kernel.honours}
         ours = run_op(op, kernel.function, taken, kernel.has_backward)
     except Exception as error:  # noqa: BLE001 - whatever it raises is why it does not serve
         found = Verdict(False, f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     else:
+        for name in kernel.no_gradient:  # calls that need it are refused
+            for results in (expected, ours):
+                results.pop(f"gradient of {name}", None)
         found = compare(op, ours, expected, float_dtypes(small))
         if found.holds:
             found = _same_dtypes(ours, run_op(op, op.reference, small, with_gradients=False)) or found
     case = "" if found.holds or not cases else _save(op, kernel, small, Path(cases))
     seconds = time.perf_counter() - start
     return Verdict(found.holds, found.reason, found.errors, seconds, case, is_partial)
+
+
+def _part(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, or of a large call a part of them.
+
+    A part may fit together where the whole does not. So the reference is shown the whole without its values; when it
+    refuses that, the whole is proved, and the reference says why, or needs the values.
+    """
+    if op.shrink is None or _elements(arguments.values()) <= _MOST_ELEMENTS:
+        return arguments
+    try:
+        op.reference(**{name: _without_values(value) for name, value in arguments.items()})
+    except Exception:  # noqa: BLE001 - raised again by the whole call
+        return arguments
+    return op.shrink(arguments)
+
+
+def _without_values(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_values(item) for item in value)
+    return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def run_op(
@@ -179,6 +223,8 @@ def compare(
         errors[name] = _error(found, wanted, rtol, op.tolerance.steps)
         if not errors[name] <= 1.0:
             return Verdict(False, f"{name} is wrong: {_worst(found, wanted)}", errors)
+    for name in ours.keys() - expected.keys() - ({"output"} if op.mutates else set()):  # torch returns what it changes
+        return Verdict(False, f"{name} is more than the reference gives", errors)
     return Verdict(True, "", errors)
 
 
@@ -245,14 +291,11 @@ def _copied(value: Any, oracle: torch.dtype | None) -> Any:
         return value
     value = value.detach()
     if oracle is None:
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        return copy.copy_(value) if _is_injective(value) else value.clone()
+        # Of what was expanded, one of the elements that share memory; then it is expanded again.
+        part = value[tuple(slice(None if stride else 1) for stride in value.stride())]
+        copy = torch.empty_strided(part.shape, part.stride(), dtype=value.dtype, device=value.device).copy_(part)
+        return copy if part.shape == value.shape else copy.expand(value.shape)
     return value.to("cpu", oracle if value.is_floating_point() else value.dtype, copy=True)
-
-
-def _is_injective(value: torch.Tensor) -> bool:
-    """Whether no two elements share memory, as those of an expanded tensor do."""
-    return all(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
 
 
 def differentiable(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
