@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the subparsers of `llm-adapt`."""
     parser = subparsers.add_parser(
         "bench",
-        help="every operator against eager PyTorch, proved before it is timed",
+        help="operators against eager PyTorch, proved before they are timed",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,7 +78,7 @@ def run_bench(args: argparse.Namespace) -> int:
         ops = [op for op in all_ops().values() if args.only in op.name and op.example is not None]
         if not ops:
             known = ", ".join(op.name for op in all_ops().values() if op.example is not None)
-            raise KernelError(f"bench --only {args.only} was asked; no operator is named so. There are: {known}.")
+            raise KernelError(f"bench --only {args.only} was asked; no operator with a benchmark is named so: {known}.")
         for op in ops:
             for size, shape in _sizes(op, args.quick):
                 for dtype in dtypes:

@@ -35,6 +35,9 @@ _EXPLAIN_EXAMPLES = """examples:
 """
 
 
+NOTHING = "nothing"  # serves: the policy chose a library that cannot, and the call would raise
+
+
 def add_parsers(subparsers: Any) -> None:
     """Add both commands to the subparsers of `llm-adapt`."""
     ops = subparsers.add_parser(
@@ -97,14 +100,14 @@ def run_explain(args: argparse.Namespace) -> int:
 
         op = find_op(args.op)
         with torch.inference_mode(args.inference):
-            row = _answer(op, _arguments(op, args))
+            row = _answer(op, _checked(op, _arguments(op, args)))
     if args.json:
         print(json.dumps(row, indent=2))
-        return 0
+        return int(row["serves"] == NOTHING)
     render.heading(f"{row['call']}: {row['serves']} serves")
     asked = [(library, answer["answer"], answer["proof"]) for library, answer in row["libraries"].items()]
     render.table("", ("library", "answer", "proof: error as a share of what is allowed"), [*asked, _reference_row(row)])
-    return 0
+    return int(row["serves"] == NOTHING)
 
 
 def _answer(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +120,8 @@ def _answer(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
         call, answers = dispatchers[op.name].ask_all(arguments)
     chosen = policy_in_force().chosen(op.name)
     serves = chosen or next((library for library, (reason, _) in answers.items() if not reason), "reference")
+    if answers.get(chosen, ("", None))[0]:  # an explicit choice never falls back
+        serves = NOTHING
     libraries = {}
     for library, (reason, verdict) in answers.items():
         proof = "-" if verdict is None else ", ".join(f"{name} {error:.2g}" for name, error in verdict.errors.items())
@@ -138,7 +143,8 @@ def _others(row: dict[str, Any]) -> str:
 
 
 def _reference_row(row: dict[str, Any]) -> tuple[str, str, str]:
-    return "reference", "serves" if row["serves"] == "reference" else "serves where no library does", "-"
+    answers = {"reference": "serves", NOTHING: "does not take the place of an explicit choice"}
+    return "reference", answers.get(row["serves"], "serves where no library does"), "-"
 
 
 @contextlib.contextmanager
@@ -161,9 +167,22 @@ def _arguments(op: FusedOp, args: argparse.Namespace) -> dict[str, Any]:
         )
     try:
         made = op.example(torch.Generator().manual_seed(0), dtype, args.shape)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, RuntimeError) as error:  # RuntimeError: more memory than there is
         raise KernelError(f"explain {op.name} --shape {args.shape} was asked; it does not fit: {error}") from None
     return here(op.bind(**made | options))
+
+
+def _checked(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, after the reference has seen them without their values: what it refuses, nobody serves."""
+    from llm_adapt.ops.dispatch.proof import without_values
+
+    try:
+        op.reference(**{name: without_values(value) for name, value in arguments.items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise KernelError(f"explain {op.name} was asked about a call that {op.name} does not take: {error}") from None
+    except (RuntimeError, NotImplementedError):
+        return arguments  # it needs the values
+    return arguments
 
 
 def _inputs(op: FusedOp, dtype: torch.dtype, options: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:

@@ -189,5 +189,10 @@ def _check(lists: dict[str, list[torch.Tensor]], step: int) -> None:
                 )
     if "state_steps" in lists and step != 1:
         raise ValueError(f"adamw: step={step} and state_steps were both given; state_steps count by themselves.")
+    check_step(step)
+
+
+def check_step(step: int) -> None:
+    """Raise for a step that bias correction would divide by 0 at. Kernels ask too: a step is part of no key."""
     if step < 1:
         raise ValueError(f"adamw: step={step} was asked; the first step is 1.")

@@ -120,20 +120,23 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     return_lse: bool = False,
     deterministic: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """out_i = sum_j dropout(exp(s_ij) / (sum_j exp(s_ij) + exp(sink))) v_j over the keys j that query i sees (above).
+    """out_i = sum_j dropout(exp(s_ij) / (sum_j exp(s_ij) + exp(sink))) v_j over the keys j that query i sees.
+
+    Which those are says the docstring of this module, under "Which keys a query sees".
 
     s_ij = cap(scale * q_i . k_j) - slope * |p(i) - j| + mask_ij, where cap(x) = softcap * tanh(x / softcap).
 
     cu_seqlens: cumulative lengths with a leading 0 (layout "thd"); tokens behind the last give 0. mask: bool, True =
-    keep, or added. alibi_slopes: no gradient. scale: None = 1 / sqrt(D). softcap: 0 = none. seed: the same drops the
-    same weights, in recompute too. max_seqlen: for kernels that need it on the host, 0 = not known. return_lse: also
-    log(sum_j exp(s_ij) + exp(sink)), before dropout, with gradient. deterministic: each run has the same gradients.
+    keep, or added. alibi_slopes: no gradient. scale: None = 1 / sqrt(D). softcap: 0 = none. seed: dropout needs one,
+    the same drops the same weights, in recompute too. max_seqlen: for kernels that need it on the host, 0 = not known.
+    return_lse: also log(sum_j exp(s_ij) + exp(sink)), before dropout, with gradient. deterministic: each run has the
+    same gradients.
 
     Shapes: q [B, Sq, H, D], k [B, Sk, G, D], v [B, Sk, G, Dv] in the order of the layout, or [Tq, H, D], [Tk, G, D] and
         [Tk, G, Dv]; cu_seqlens [N + 1], seqused [B] or [N], mask broadcast to [B, H, Sq, Sk] or [1, H, Tq, Tk],

@@ -98,7 +98,7 @@ def decode_attention(
     softcap: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """out_i = sum_j exp(s_ij) / (sum_j exp(s_ij) + exp(sink)) v_j over the cached keys j that new token i sees (above).
+    """out_i = sum_j exp(s_ij) / (sum_j exp(s_ij) + exp(sink)) v_j over the cached keys j that new token i sees.
 
     s_ij = cap(scale * q_i . k_j) - slope * |p(i) - j|; options as of `attention`.
 

@@ -60,6 +60,14 @@ def test_explain_says_who_and_why(capsys: Capture) -> None:
     assert found["call"].startswith("rms_norm(x float32[")
 
 
+def test_a_choice_that_cannot_serve(capsys: Capture) -> None:
+    """An explicit choice never falls back: nothing serves, the table says why, and the exit code is 1."""
+    found = answer(capsys, "explain", "rms_norm", "--device", "cpu", "--ops", "rms_norm=chunked", code=1)
+    assert (found["serves"], found["libraries"]["chunked"]["answer"]) == ("nothing", "has no kernel of this op")
+    text = output(capsys, "ops", "--device", "cpu", "--ops", "rms_norm=chunked", "--dtype", "fp32")
+    assert [line.split()[2] for line in text.splitlines() if " rms_norm " in line] == ["nothing"]
+
+
 def test_explain_in_inference_mode(capsys: Capture) -> None:
     """The call is explained as it would be inside torch.inference_mode()."""
     found = answer(capsys, "explain", "rms_norm", "--device", "cpu", "--inference")
@@ -74,9 +82,14 @@ def test_explain_in_inference_mode(capsys: Capture) -> None:
         (("explain", "rms_norm", "--option", "frm=1"), "rms_norm has the options eps, form"),
         (("explain", "rms_norm", "--option", "form"), "Write NAME=VALUE"),
         (("explain", "rms_norm", "--device", "tpu"), "tpu"),
+        (("explain", "rms_norm", "--option", "form=none"), "form='none' was asked; pass one of standard"),
+        (("explain", "attention", "--option", "causal=yes"), "causal='yes'"),
+        (("explain", "attention", "--option", "window_left=abc"), "a call that attention does not take"),
+        (("explain", "attention", "--shape", "4,4"), "it does not fit"),
+        (("explain", "rms_norm", "--shape", "1000000,100000000"), "it does not fit"),
         (("ops", "--ops", "rms_norm=torch_nativ"), "did you mean torch_native"),
         (("ops", "--dtype", "float99"), "pass float32"),
-        (("bench", "--only", "zzz"), "no operator is named so"),
+        (("bench", "--only", "zzz"), "no operator with a benchmark is named so"),
         (("diff", "a.json", "b.json"), "cannot be read as a report"),
     ],
 )

@@ -57,6 +57,7 @@ def calls(draw: Any) -> dict[str, Any]:
         "window_left": draw(st.integers(-1, 4)),
         "window_right": draw(st.integers(-1, 3)),
         "dropout_p": draw(st.sampled_from([0.0, 0.3])),
+        "seed": draw(st.integers(0, 9)),
     }
     if draw(st.booleans()):
         lengths = [draw(st.integers(0, 9)) for _ in range(2)]

@@ -147,3 +147,31 @@ def test_an_error_of_a_proved_kernel_is_raised(entry: Entry) -> None:
         entry(torch.ones(3))
         with pytest.raises(KernelError, match="out of memory"):
             entry(torch.ones(3))
+
+
+class _OnlyTogether(torch.autograd.Function):
+    """factor * x + bias, whose gradients are there only when both are asked for: needs_input_grad misread."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x * 2 + bias
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if all(ctx.needs_input_grad):
+            return gradient * 2, gradient.sum(0)
+        return None, gradient.sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:Kernel toy.scaled was quarantined")
+def test_a_gradient_beside_frozen_tensors() -> None:
+    """Each gradient is proved also where its tensor alone needs one, as when all weights are frozen but a few."""
+
+    def kernel(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return x * 2 if bias is None else _OnlyTogether.apply(x, bias)
+
+    with toy_op() as entry, toy_library("scaled", kernel), using(Policy(order=(TOY,))):
+        x, bias = torch.ones(2, 3, requires_grad=True), torch.ones(3)
+        entry(x, bias).sum().backward()
+        assert x.grad is not None
+        assert "when x alone needs a gradient" in dispatchers["scaled"].quarantine[TOY]

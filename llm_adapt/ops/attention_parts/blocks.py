@@ -87,7 +87,10 @@ def _add_gradients(
     with torch.enable_grad():
         outputs = _attend(leaves, how, block)
     wanted = [(leaf, total) for leaf, total in zip(leaves, totals, strict=True) if total is not None]
-    given = [x[:, :, block.rows].to(outputs[0].dtype) for x in upstream]
+    # The log-sum-exp depends on no value: where only that needs a gradient it has none.
+    pairs = [(out, x[:, :, block.rows].to(out.dtype)) for out, x in zip(outputs, upstream, strict=True)]
+    reached = [pair for pair in pairs if pair[0].requires_grad]
+    outputs, given = zip(*reached, strict=True)
     found = torch.autograd.grad(outputs, [leaf for leaf, _ in wanted], given, allow_unused=True)
     for (_, total), gradient in zip(wanted, found, strict=True):
         if gradient is not None:

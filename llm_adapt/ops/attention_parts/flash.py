@@ -61,6 +61,8 @@ class Flash:
                 return f"this build has no {theirs}"
         if call.alibi_slopes and call.alibi_slopes.dtype != torch.float32:
             return "takes slopes of float32"
+        if call.dropout_p and "seed" not in call.given:
+            return "drops nothing without a seed"  # and the reference says so
         if call.dropout_p and call.device != "cuda":
             return "takes a seed for its dropout on cuda alone"
         if (call.deterministic or call.is_deterministic) and not self.takes("deterministic"):

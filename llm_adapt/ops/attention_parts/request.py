@@ -46,7 +46,7 @@ class Options(NamedTuple):
     scale: float | None
     softcap: float
     dropout_p: float
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,20 @@ class Request:
             raise ValueError(
                 f"attention: dropout_p={self.options.dropout_p} was given; it must be at least 0 and below 1."
             )
-        if not -(2**63) <= self.options.seed < 2**63:
-            raise ValueError(f"attention: seed={self.options.seed} was given; it must fit in 64 bits.")
+        self._check_seed()
         self._check_tensors()
         self._check_sequences()
         self._check_biases()
+
+    def _check_seed(self) -> None:
+        seed, dropout_p = self.options.seed, self.options.dropout_p
+        if seed is None and dropout_p:
+            raise ValueError(
+                f"attention: dropout_p={dropout_p} was given without a seed; pass one that differs in each layer and "
+                "step. The same seed drops the same weights."
+            )
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise ValueError(f"attention: seed={seed} was given; it must fit in 64 bits.")
 
     @property
     def is_packed(self) -> bool:
@@ -117,7 +126,7 @@ class Request:
             self.options.window_right,
             self._slopes(places),
             self.options.dropout_p,
-            self.options.seed,
+            self.options.seed or 0,
         )
 
     def finished(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

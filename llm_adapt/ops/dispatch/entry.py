@@ -12,7 +12,6 @@ has none, and for further kinds, a key is made of the same facts in Python.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -29,8 +28,9 @@ except ImportError:
 __all__ = ["make_entry", "tensor_check"]
 
 _TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad, {0}.is_contiguous() or {0}.stride()"
-# An optimizer hands over thousands: what they have in common is all that there is time for in Python.
-_TENSORS = "len({0}), *map(frozenset, (map(type, {0}), map(_dtype, {0}), map(_device, {0}), map(_is_contiguous, {0})))"
+# Of each member of a list, too: a kernel that writes by the sizes of another list would write past this one's. An
+# optimizer hands over hundreds, which takes long here; torch's guards spare it all but the first few kinds of call.
+_TENSORS = "tuple([(" + _TENSOR.format("t") + ") for t in {0}])"
 _STATE = "_is_inference(), _is_autocast(), _is_transformed()"
 # Of an op that casts as autocast does, also to what: kernels are asked about what they will get.
 _AUTOCAST = ", _is_autocast() and _autocast_dtype({0}.device.type)"
@@ -63,10 +63,7 @@ def make_entry(op: FusedOp, dispatch: Dispatch) -> Callable[..., Any]:
         "_is_autocast": torch._C._is_any_autocast_enabled,
         "_is_transformed": torch._C._are_functorch_transforms_active,
         "_is_deterministic": torch._C._get_deterministic_algorithms,  # what torch's own function returns
-        "_device": operator.attrgetter("device"),
         "_autocast_dtype": autocast_dtype,
-        "_dtype": operator.attrgetter("dtype"),
-        "_is_contiguous": torch._C.TensorBase.is_contiguous,
         "_recent": dispatch.recent.get,
         "_lookup": dispatch.table.get,
         "_bind": dispatch.bind,
@@ -167,7 +164,7 @@ def _traced_part(op: FusedOp, name: str) -> str:
 def _key_part(op: FusedOp, name: str) -> str:
     """What a tensor, or a list of them, gives to the key."""
     if op.kinds[name] == "tensors":
-        return f"None if {name} is None else ({_TENSORS.format(name)})"
+        return f"None if {name} is None else {_TENSORS.format(name)}"
     facts = _TENSOR.format(name)
     return f"None if {name} is None else ({facts})" if name in op.defaults else facts
 

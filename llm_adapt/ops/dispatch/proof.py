@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,17 @@ import torch
 from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
-__all__ = ["Verdict", "apart", "compare", "differentiable", "float_dtypes", "named_tensors", "prove", "run_op"]
+__all__ = [
+    "Verdict",
+    "apart",
+    "compare",
+    "differentiable",
+    "float_dtypes",
+    "named_tensors",
+    "prove",
+    "run_op",
+    "without_values",
+]
 
 T = TypeVar("T")
 _MOST_ELEMENTS = 2**20  # of all tensors together; a larger call is proved on a part of it
@@ -114,14 +124,15 @@ def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -
         taken = {name: value for name, value in small.items() if name in kernel.honours}
         ours = run_op(op, kernel.function, taken, kernel.has_backward)
     except Exception as error:  # noqa: BLE001 - whatever it raises is why it does not serve
-        found = Verdict(False, f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        found = Verdict(False, _raised(error))
     else:
         for name in kernel.no_gradient:  # calls that need it are refused
             for results in (expected, ours):
                 results.pop(f"gradient of {name}", None)
         found = compare(op, ours, expected, float_dtypes(small))
         if found.holds:
-            found = _same_dtypes(ours, run_op(op, op.reference, small, with_gradients=False)) or found
+            plain = run_op(op, op.reference, small, with_gradients=False)
+            found = _same_dtypes(ours, plain) or _alone(op, kernel, taken, expected) or found
     case = "" if found.holds or not cases else _save(op, kernel, small, Path(cases))
     seconds = time.perf_counter() - start
     return Verdict(found.holds, found.reason, found.errors, seconds, case, is_partial)
@@ -136,15 +147,16 @@ def _part(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
     if op.shrink is None or _elements(arguments.values()) <= _MOST_ELEMENTS:
         return arguments
     try:
-        op.reference(**{name: _without_values(value) for name, value in arguments.items()})
+        op.reference(**{name: without_values(value) for name, value in arguments.items()})
     except Exception:  # noqa: BLE001 - raised again by the whole call
         return arguments
     return op.shrink(arguments)
 
 
-def _without_values(value: Any) -> Any:
+def without_values(value: Any) -> Any:
+    """A tensor, or a list of them, on meta: its shape, dtype and no values."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_values(item) for item in value)
+        return type(value)(without_values(item) for item in value)
     return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
 
 
@@ -154,18 +166,20 @@ def run_op(
     arguments: Mapping[str, Any],
     with_gradients: bool = True,
     oracle: torch.dtype | None = None,
+    only: str = "",
 ) -> dict[str, torch.Tensor]:
     """Call a kernel or the reference on copies and return its results and gradients, by name.
 
     Args:
         with_gradients: go backward as well.
+        only: the one tensor that needs a gradient; default: all that may.
         oracle: run on the CPU with floating-point tensors in this dtype.
 
     Returns:
         "output", or "output[0]", "output[1]" ... ; "gradient of x" ...; "x" for what is changed in place.
     """
     copies = {name: _copied(value, oracle) for name, value in arguments.items()}
-    wanted = differentiable(op, copies) if with_gradients else []
+    wanted = [pair for pair in differentiable(op, copies) if only in ("", pair[0])] if with_gradients else []
     for _, tensor in wanted:
         tensor.requires_grad_()
     outputs = named_tensors("output", function(**copies))
@@ -226,6 +240,28 @@ def compare(
     for name in ours.keys() - expected.keys() - ({"output"} if op.mutates else set()):  # torch returns what it changes
         return Verdict(False, f"{name} is more than the reference gives", errors)
     return Verdict(True, "", errors)
+
+
+def _raised(error: Exception) -> str:
+    return f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _alone(
+    op: FusedOp, kernel: Kernel, taken: Mapping[str, Any], expected: Mapping[str, torch.Tensor]
+) -> Verdict | None:
+    """A verdict when a gradient is wrong or missing where its tensor alone needs one: the others are frozen (LoRA)."""
+    names = [name for name, _ in differentiable(op, taken) if f"gradient of {name}" in expected]
+    for name in names if len(names) > 1 else ():
+        gradient = f"gradient of {name}"
+        try:
+            found = run_op(op, kernel.function, taken, only=name)
+        except Exception as error:  # noqa: BLE001 - as in _prove
+            return Verdict(False, f"{_raised(error)}, when {name} alone needs a gradient")
+        ours = {key: value for key, value in found.items() if key == gradient}
+        verdict = compare(op, ours, {gradient: expected[gradient]}, float_dtypes(taken))
+        if not verdict.holds:
+            return replace(verdict, reason=f"{verdict.reason}, when {name} alone needs a gradient")
+    return None
 
 
 def _same_dtypes(ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Verdict | None:

@@ -63,9 +63,7 @@ class Kernel:
         library: name of the kernel library, a module of llm_adapt.ops.kernels or of a third party.
         function: takes the op's parameters that it honours, under the op's names, in the op's order.
         source: document or file, with version, that the call was written from.
-        refuses: call -> None, or the reason why this kernel cannot serve it. Sees facts, never values. It is asked
-            once for calls that are alike; lists of tensors are alike when their numbers, dtypes and contiguity are,
-            so it may not decide by the shapes of their members.
+        refuses: call -> None, or the reason why this kernel cannot serve it. Sees facts, never values.
         has_backward: gradients flow through every differentiable output.
         no_gradient: tensors that it takes and gives no gradient of; it refuses calls that need one.
         inference_only: serves inside torch.inference_mode() alone.

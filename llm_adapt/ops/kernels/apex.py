@@ -13,6 +13,7 @@ from typing import Any, Literal
 import apex  # noqa: F401 - the reason why this file cannot be used, where it is missing
 import torch
 
+from llm_adapt.ops.adamw import check_step
 from llm_adapt.ops.dispatch import Call, kernel
 
 __all__ = ["adamw", "layer_norm", "rms_norm", "rope", "wgrad_accumulate"]
@@ -147,6 +148,7 @@ def adamw(
     chosen = [index for index, param in enumerate(params) if param.numel()]
     lists = [[tensors[index] for index in chosen] for tensors in (grads, params, exp_avgs, exp_avg_sqs)]
     overflow = torch.zeros(1, dtype=torch.int32, device=params[0].device)
+    check_step(step)
     numbers: tuple[Any, ...] = (lr, beta1, beta2, eps, step, int(decoupled), int(bias_correction), weight_decay)
     with torch.no_grad():
         multi_tensor_applier(amp_C.multi_tensor_adam, overflow, lists, *numbers)

@@ -35,7 +35,7 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     return_lse: bool = False,

@@ -32,7 +32,7 @@ def attention(
     window_right: int = -1,
     scale: float | None = None,
     softcap: float = 0.0,
-    seed: int = 0,  # of the dropout, which it does not have
+    seed: int | None = None,  # of the dropout, which it does not have
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     return_lse: bool = False,

@@ -24,7 +24,7 @@ def attention(
     window_left: int = -1,
     window_right: int = -1,
     scale: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     deterministic: bool = False,

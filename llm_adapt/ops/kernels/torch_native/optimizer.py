@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llm_adapt.ops.adamw import check_step
 from llm_adapt.ops.dispatch import Call, kernel
 
 __all__ = ["adamw", "clip_grads", "multi_tensor_l2norm", "multi_tensor_scale"]
@@ -42,6 +43,7 @@ def adamw(
     maximize: bool = False,
 ) -> None:
     """The kernel behind torch.optim.AdamW(fused=True). It skips where found_inf is exactly 1, and counts no steps."""
+    check_step(step)
     if not params:
         return
     with torch.no_grad():

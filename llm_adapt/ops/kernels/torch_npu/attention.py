@@ -89,7 +89,7 @@ def attention(
     window_left: int = -1,
     window_right: int = -1,
     scale: float | None = None,
-    seed: int = 0,  # of the dropout, which it does not take
+    seed: int | None = None,  # of the dropout, which it does not take
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """npu_fusion_attention, or v2 with an additive mask or ALiBi; through npu_fusion_attention_grad for the LSE."""

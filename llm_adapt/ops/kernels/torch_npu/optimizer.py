@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from llm_adapt.ops.adamw import check_step
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.kernels.torch_npu.library import npu_kernel
 
@@ -39,6 +40,7 @@ def adamw(
     """torch._fused_adamw_; it takes the number of this step, and does not count."""
     with torch.no_grad():
         if state_steps is None:
+            check_step(step)
             state_steps = [torch.full((), float(step), device=params[0].device)] * len(params)
         else:
             torch._foreach_add_(state_steps, 1)
