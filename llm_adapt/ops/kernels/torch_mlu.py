@@ -60,7 +60,7 @@ def attention(
     layout: Literal["bshd", "sbhd", "bhsd", "thd"] = "bshd",
     causal: Literal["none", "top_left", "bottom_right"] = "none",
     scale: float | None = None,
-    seed: int = 0,  # of the dropout, which is not taken
+    seed: int | None = None,  # of the dropout, which is not taken
 ) -> torch.Tensor:
     """scaled_dot_product_attention with the heads of a group written out: the fused path takes equal numbers."""
     axes = {"bshd": (0, 2, 1, 3), "sbhd": (1, 2, 0, 3), "bhsd": (0, 1, 2, 3)}[layout]
