@@ -6,9 +6,9 @@ OUT ?= runs/pretrain_gpt
 .PHONY: help train test test-all test-triton lint bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-train: ## set up, then train a small GPT with Megatron-Core on this machine, TP=$(NPROC)
+train: ## set up, then train a small GPT with Megatron-Core on this machine, tensor parallel over NPROC=2 processes
 	@python=$$(scripts/environment.sh megatron,bench) && set -x && \
 	$$python -m llm_adapt.cli run --nproc $(NPROC) --out $(OUT) examples/pretrain_gpt.py --out $(OUT)
 
