@@ -23,6 +23,8 @@ WANTED = (
     "npu_geglu",
     "npu_gelu",
     "npu_grouped_matmul",
+    "npu_moe_token_permute_with_routing_map",
+    "npu_moe_token_unpermute_with_routing_map",
     "npu_quant_matmul",
     "npu_rms_norm",
     "npu_rms_norm_backward",

@@ -1,4 +1,7 @@
-"""What torch_npu documents of npu_grouped_matmul, in float64. M rows, E experts, K and N columns."""
+"""What torch_npu documents of npu_grouped_matmul and of the permutation by a routing map, in float64.
+
+M rows, E experts, K and N columns; of the permutation: T tokens, H columns, K experts of each token.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,69 @@ def npu_grouped_matmul(x: list[torch.Tensor], weight: list[torch.Tensor], group_
     parts = [left[:, i:j].double() @ right[i:j].double() if j > i else None for i, j in ranges]
     nothing = torch.full((left.shape[0], right.shape[1]), NOT_WRITTEN, dtype=torch.float64)
     return [torch.stack([nothing if part is None else part for part in parts]).to(left.dtype)]
+
+
+def _check_routing(name: str, rows: torch.Tensor, routing_map: Any, probs: Any, topk: int) -> None:
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    demand(rows.ndim == 2 and rows.dtype in floats, f"{name} takes rows [., H] of float32, float16 and bfloat16")
+    if routing_map is not None:
+        demand(routing_map.dtype in (torch.bool, torch.int8), f"{name}: a map is bool or int8")
+        demand(routing_map.ndim == 2, f"{name}: a map is [T, E]")
+        demand(bool((routing_map.sum(1) == topk).all()), f"{name}: each token has exactly {topk} experts")
+    if probs is not None:
+        mixed = rows.dtype == torch.bfloat16 and probs.dtype == torch.float32
+        demand(probs.dtype == rows.dtype or mixed, f"{name}: probs {probs.dtype} do not go with {rows.dtype}")
+        demand(routing_map is not None and probs.shape == routing_map.shape, f"{name}: probs are like the routing map")
+
+
+class _Permutation(torch.autograd.Function):
+    """Rows and their probs from one operator: where either input needs a gradient, both results ask for one."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, probs: Any, chosen: torch.Tensor, token: torch.Tensor) -> Any:
+        ctx.save_for_backward(tokens, probs, chosen, token)
+        return tokens.index_select(0, token), tokens.new_empty(0) if probs is None else probs.t()[chosen]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        tokens, probs, chosen, token = ctx.saved_tensors
+        summed = torch.zeros_like(tokens, dtype=torch.float64).index_add(0, token, gradients[0].double())
+        of_probs = None if probs is None else torch.zeros_like(chosen, dtype=probs.dtype)
+        if of_probs is not None:
+            of_probs = of_probs.masked_scatter(chosen, gradients[1]).t()
+        return summed.to(tokens.dtype), of_probs, None, None
+
+
+def npu_moe_token_permute_with_routing_map(tokens: torch.Tensor, routing_map: torch.Tensor, **a: Any) -> Any:
+    """Rows by expert, then by token; their probs; and the row [T K] of each pair counted by token, int32."""
+    name, count, probs = "npu_moe_token_permute_with_routing_map", a["num_out_tokens"], a["probs"]
+    demand(not a["drop_and_pad"], "drop_and_pad is not faked: its order is not documented")
+    demand(count is not None and count % len(tokens) == 0, f"{name}: num_out_tokens={count} is not T K")
+    topk = count // len(tokens)
+    demand(topk < 512 and max(count, routing_map.shape[1]) < 16777215, f"{name}: K < 512, T K < 16777215")
+    _check_routing(name, tokens, routing_map, probs, topk)
+    chosen = routing_map.bool().t()
+    token = chosen.nonzero()[:, 1]
+    permuted, weights = _Permutation.apply(tokens, probs, chosen, token)
+    return permuted, weights, token.argsort(stable=True).to(torch.int32)
+
+
+def npu_moe_token_unpermute_with_routing_map(
+    permuted_tokens: torch.Tensor, sorted_indices: torch.Tensor, restore_shape: list[int], **a: Any
+) -> Any:
+    """y[t] = sum over the pairs i of token t of permuted[sorted_indices[i]], each times its prob of the map."""
+    name, probs, tokens = "npu_moe_token_unpermute_with_routing_map", a["probs"], restore_shape[0]
+    demand(not a["drop_and_pad"], "drop_and_pad is not faked: its order is not documented")
+    demand(sorted_indices.dtype == torch.int32, f"{name}: sorted_indices are int32")
+    rows = len(permuted_tokens)
+    demand(sorted_indices.shape == (rows,) and rows % tokens == 0, f"{name}: sorted_indices [T K]")
+    demand(restore_shape[1] == permuted_tokens.shape[1] and rows // tokens <= 512, f"{name}: [T, H], K <= 512")
+    demand(bool((sorted_indices.sort().values == torch.arange(rows)).all()), f"{name}: sorted_indices are the rows")
+    _check_routing(name, permuted_tokens, a["routing_map"], probs, rows // tokens)
+    picked = permuted_tokens.double()[sorted_indices.long()]
+    if probs is not None:
+        picked = picked * probs.double().masked_select(a["routing_map"].bool())[:, None]
+    return picked.reshape(tokens, -1, picked.shape[1]).sum(1).to(permuted_tokens.dtype)
 
 
 FUNCTIONS = {name: function for name, function in list(globals().items()) if name.startswith("npu_")}

@@ -151,11 +151,35 @@ def _adamw(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     }
 
 
+def _route(tokens: int, experts: int, topk: int) -> torch.Tensor:
+    chosen = torch.rand(tokens, experts, generator=_generator).topk(topk, dim=1).indices
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def _moe_permute(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for tokens, experts, topk, wide in ((9, 6, 2, False), (7, 5, 5, True), (1, 3, 1, False), (13, 8, 3, True)):
+        probs = torch.rand(tokens, experts, generator=_generator).to(torch.float32 if wide else dtype)
+        given = {"tokens": _draw(tokens, 16, dtype=dtype), "num_out_tokens": tokens * topk, "topk": topk}
+        yield given | {"routing_map": _route(tokens, experts, topk), "probs": probs}
+        yield given | {"routing_map": _route(tokens, experts, topk).int() * 2}  # what is not 0 counts
+
+
+def _moe_unpermute(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for given in _moe_permute(dtype):
+        routing_map = given["routing_map"]
+        rows = routing_map.t().nonzero()[:, 1]
+        call = {"permuted": _draw(len(rows), 16, dtype=dtype), "sorted_indices": rows, "topk": given["topk"]}
+        call["num_tokens"] = len(routing_map)
+        yield call | ({"probs": given["probs"], "routing_map": routing_map} if "probs" in given else {})
+
+
 _MORE = {
     "adamw": _adamw,
     "scaled_masked_softmax": _softmax,
     "attention": _attention,
     "decode_attention": _decode,
+    "moe_permute": _moe_permute,
+    "moe_unpermute": _moe_unpermute,
     "rope": _rope,
 }
 

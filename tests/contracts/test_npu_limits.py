@@ -36,6 +36,8 @@ def draw(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 Q = draw(1, 4, 2, 16)
+TWO_OF = torch.ones(2, 2, dtype=torch.bool)  # two tokens, each with two experts
+ROWS = torch.arange(4, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,17 @@ Q = draw(1, 4, 2, 16)
         ),
         ("npu_cross_entropy_loss", (draw(3, 5), torch.zeros(3).long()), {"return_zloss": True}, "zloss"),
         ("npu_dynamic_quant", (draw(3, 5),), {}, "float16 and bfloat16"),
+        ("npu_moe_token_permute_with_routing_map", (draw(2, 4), TWO_OF), {"num_out_tokens": 3}, "is not T K"),
+        ("npu_moe_token_permute_with_routing_map", (draw(2, 4), TWO_OF), {"num_out_tokens": 2}, "exactly 1 experts"),
+        ("npu_moe_token_permute_with_routing_map", (draw(2, 4), TWO_OF.int()), {"num_out_tokens": 4}, "bool or int8"),
+        (
+            "npu_moe_token_permute_with_routing_map",
+            (draw(2, 4, dtype=HALF), TWO_OF),
+            {"num_out_tokens": 4, "probs": draw(2, 2)},
+            "do not go with",
+        ),
+        ("npu_moe_token_unpermute_with_routing_map", (draw(4, 4), torch.arange(4), [2, 4]), {}, "are int32"),
+        ("npu_moe_token_unpermute_with_routing_map", (draw(4, 4), ROWS // 2, [2, 4]), {}, "are the rows"),
         ("npu_fusion_attention", (Q, Q, Q, 3, "BSND"), {}, "head_num=3"),
         ("npu_fusion_attention", (Q, Q, Q, 2, "bsnd"), {}, "input_layout"),
         ("npu_fusion_attention", (Q[..., :8], Q[..., :8], Q[..., :8], 2, "BSND"), {}, "multiple of 16"),
@@ -98,6 +111,14 @@ def test_documented_limits_are_errors(name: str, args: Any, kwargs: Any, message
     """Shapes, dtypes, layouts and masks that a document excludes are errors of the fake."""
     with pytest.raises(ContractError, match=message):
         call(name, *args, **kwargs)
+
+
+def test_permutation_by_a_map_gives_the_documented_example() -> None:
+    """sorted_indices say the row of each pair counted by token, not the token of a row."""
+    x = draw(3, 4)
+    found = call("npu_moe_token_permute_with_routing_map", x, torch.ones(3, 2, dtype=torch.int8), num_out_tokens=6)
+    assert torch.equal(found[0], torch.cat([x, x]))
+    assert found[2].tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def packed(ends_q: list[int], ends_k: list[int], **options: Any) -> Any:

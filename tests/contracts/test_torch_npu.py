@@ -138,6 +138,22 @@ def test_the_optimizer_refuses_what_its_kernel_ignores(npu: FakeVendor) -> None:
     assert refused("adamw", *lists, state_steps=steps) == ""
 
 
+def test_permutation_wants_the_word_that_tokens_have_the_same_experts(npu: FakeVendor) -> None:
+    """torch_npu permutes tokens with the same number of experts each; all else is refused, and a wrong word raises."""
+    x, chosen, rows = torch.randn(4, 8), torch.eye(4, dtype=torch.bool), torch.arange(4)
+    for op, arguments in (("moe_permute", (x, chosen, 4)), ("moe_unpermute", (x, rows, 4))):
+        assert refused(op, *arguments, topk=1) == ""
+        assert "give topk" in refused(op, *arguments)
+        assert "1 to 51" in refused(op, *arguments, topk=513)
+        assert "does not honour drop_and_pad" in refused(op, *arguments, drop_and_pad=True)
+        with pytest.raises(ValueError, match="does not go with 4 rows"):
+            call(op, *arguments, topk=2)
+    assert "takes probs of the dtype" in refused("moe_permute", x.half(), chosen, 4, probs=torch.ones(4, 4), topk=1)
+    assert "together" in refused("moe_unpermute", x, rows, 4, probs=torch.ones(4, 4), topk=1)
+    wide = torch.ones(1, 1, dtype=torch.bool).expand(1, 16777215)
+    assert "fewer than" in refused("moe_permute", x[:1], wide, 1, topk=1)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

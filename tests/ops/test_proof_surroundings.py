@@ -175,3 +175,15 @@ def test_a_gradient_beside_frozen_tensors() -> None:
         entry(x, bias).sum().backward()
         assert x.grad is not None
         assert "when x alone needs a gradient" in dispatchers["scaled"].quarantine[TOY]
+
+
+def test_outputs_that_one_tensor_does_not_reach() -> None:
+    """Each output has a gradient of its own from above, whichever of them a tensor alone reaches."""
+
+    def pair(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(2 x, 3 y). Shapes: any. Dtypes: any. Source: this file."""
+        return x * 2, y * 3
+
+    op = FusedOp(pair, lambda generator, dtype: iter([{"x": torch.ones(2), "y": torch.ones(2)}]))
+    verdict = prove(op, Kernel("pair", TOY, pair, ""), {"x": torch.ones(3), "y": torch.ones(3)})
+    assert verdict.holds, verdict.reason

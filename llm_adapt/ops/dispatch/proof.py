@@ -187,12 +187,11 @@ def run_op(
     results = {name: value.detach() for name, value in outputs}
     for name in op.mutates:
         results.update((key, value.detach()) for key, value in named_tensors(name, copies.get(name)))
-    reached = [(name, value) for name, value in outputs if value.requires_grad]
+    # Numbered by their place among all outputs: which of them are reached depends on what needs a gradient.
+    reached = [(value, _upstream(value, place)) for place, (_, value) in enumerate(outputs) if value.requires_grad]
     if wanted and reached:
-        upstream = [_upstream(value, index) for index, (_, value) in enumerate(reached)]
-        gradients = torch.autograd.grad(
-            [value for _, value in reached], [tensor for _, tensor in wanted], upstream, allow_unused=True
-        )
+        ends, upstream = zip(*reached, strict=True)
+        gradients = torch.autograd.grad(ends, [tensor for _, tensor in wanted], upstream, allow_unused=True)
         results.update(
             (f"gradient of {name}", value)
             for (name, _), value in zip(wanted, gradients, strict=True)

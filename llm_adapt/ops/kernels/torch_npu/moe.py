@@ -1,11 +1,16 @@
-"""Grouped matrix product of torch_npu. M = rows by expert, E = experts, K and N = columns before and after.
+"""Grouped matrix product and permutation of torch_npu. M = rows by expert, E = experts, K and N = columns.
 
 npu_grouped_matmul has no derivative, so it stands in a Function of ours: dx is its product with the transposed
 weights, dw its product grouped along the rows (group_type 2). Rows beyond the last expert and the gradient of an
 expert without rows are not written by it, and are set to 0. Counts stay on the device (group_list_type 1).
 
-The permutation of torch_npu (npu_moe_token_permute and its kin) takes only tokens with the same number of experts
-each, which a routing map does not say, so it serves no op here.
+npu_moe_token_permute_with_routing_map and its reverse take tokens with the same number of experts each, so they serve
+calls with topk alone. Their rows stand as those of the ops do. Their sorted_indices are another thing: the row of the
+i-th (token, expert) pair counted by token, int32, where the ops say the token of a row; each is made from the other on
+the device. The reverse multiplies by probs, taken from the map in the order of the pairs, and its document does not
+say in which precision it sums: the proof on the device decides. drop_and_pad is left out: the document orders the
+tokens of an expert by an argsort that is neither said to be descending nor stable. npu_moe_token_permute serves
+nothing here: it asks for the experts of each token, which would have to be found from the map.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.grouped_gemm import row_experts
 from llm_adapt.ops.kernels.torch_npu.library import npu_kernel
 
-__all__ = ["grouped_gemm"]
+__all__ = ["grouped_gemm", "moe_permute", "moe_unpermute"]
 
 _ROWS, _INNER = 0, 2  # group_type: which axis is grouped
 _COUNTS = 1  # group_list_type: counts, not their cumulative sum
@@ -85,3 +90,93 @@ def grouped_gemm(
         return y
     expert = row_experts(tokens_per_expert, x.shape[0]).clamp(max=weight.shape[0] - 1)
     return _without_rest((y + bias[expert]).to(x.dtype), counts)
+
+
+_EXACT = 16777215  # indices pass through float32
+
+
+def _refuses_routing(tokens: Any, call: Call) -> str | None:
+    """What both directions refuse; the row has the dtype of `tokens`."""
+    if call.topk is None:
+        return "takes only tokens with the same number of experts each: give topk where that is so"
+    probs = call.tensors.get("probs")
+    if probs and probs.dtype != tokens.dtype and (tokens.dtype, probs.dtype) != (torch.bfloat16, torch.float32):
+        return f"takes probs of the dtype of the rows, or float32 with bfloat16 rows; found {probs.dtype}"
+    return None
+
+
+def _permute_refuses(call: Call) -> str | None:
+    tokens, experts = call.tokens.shape[0], call.routing_map.shape[1]
+    reason = _refuses_routing(call.tokens, call)
+    if reason is None and not 0 < call.topk < 512:
+        return "takes a topk of 1 to 511"
+    if reason is None and max(call.topk * tokens, experts) >= _EXACT:
+        return f"takes fewer than {_EXACT} rows and experts"
+    return reason
+
+
+def _unpermute_refuses(call: Call) -> str | None:
+    reason = _refuses_routing(call.permuted, call)
+    if reason is None and not 0 < call.topk <= 512:
+        return "takes a topk of 1 to 512"
+    if reason is None and ("probs" in call.tensors) != ("routing_map" in call.tensors):
+        return "takes probs and routing_map together"
+    return reason
+
+
+def _demand_rows(op: str, rows: int, tokens: int, topk: int) -> None:
+    """The number of rows is torch_npu's own quotient: one that does not fit would be rounded in silence."""
+    if rows != topk * tokens:
+        raise ValueError(
+            f"{op}: topk={topk} of {tokens} tokens does not go with {rows} rows; leave it out where tokens are dropped."
+        )
+
+
+@npu_kernel(
+    "moe_permute",
+    "npu_moe_token_permute_with_routing_map",
+    refuses=_permute_refuses,
+    deterministic=False,  # the gradient is a sum whose order is not documented
+)
+def moe_permute(
+    tokens: torch.Tensor,
+    routing_map: torch.Tensor,
+    num_out_tokens: int,
+    probs: torch.Tensor | None = None,
+    topk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """npu_moe_token_permute_with_routing_map; the token of each row is found from the row of each pair."""
+    count = topk or 0
+    _demand_rows("moe_permute", num_out_tokens, tokens.shape[0], count)
+    permuted, permuted_probs, rows = torch_npu.npu_moe_token_permute_with_routing_map(
+        tokens, routing_map.bool(), probs=probs, num_out_tokens=num_out_tokens
+    )
+    token = torch.arange(num_out_tokens, device=tokens.device) // count
+    indices = torch.empty_like(token).scatter(0, rows.to(torch.int64), token)
+    return permuted, None if probs is None else permuted_probs, indices
+
+
+@npu_kernel(
+    "moe_unpermute",
+    "npu_moe_token_unpermute_with_routing_map",
+    refuses=_unpermute_refuses,
+    deterministic=False,  # "by default", says the document
+)
+def moe_unpermute(
+    permuted: torch.Tensor,
+    sorted_indices: torch.Tensor,
+    num_tokens: int,
+    probs: torch.Tensor | None = None,
+    routing_map: torch.Tensor | None = None,
+    topk: int | None = None,
+) -> torch.Tensor:
+    """npu_moe_token_unpermute_with_routing_map; a stable sort of the tokens of the rows gives the row of each pair."""
+    _demand_rows("moe_unpermute", permuted.shape[0], num_tokens, topk or 0)
+    y: torch.Tensor = torch_npu.npu_moe_token_unpermute_with_routing_map(
+        permuted,
+        sorted_indices.argsort(stable=True).to(torch.int32),
+        [num_tokens, permuted.shape[1]],
+        probs=probs,
+        routing_map=None if routing_map is None else routing_map.bool(),
+    )
+    return y
