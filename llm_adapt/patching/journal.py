@@ -108,7 +108,7 @@ def key_itself(box: dict[Any, Any], name: Any) -> Slot:
 
     def put(new: Any) -> None:
         nonlocal held
-        items = [(new if item is held else item, value) for item, value in dict.copy(box).items()]
+        items = [(new if item is held else item, value) for item, value in list(dict.items(box))]
         box.clear()
         box.update(items)
         held = new

@@ -70,9 +70,7 @@ def rebind(
         The copies found that cannot be replaced.
     """
     walker = _Walker({id(swap.original): swap for swap in swaps}, journal, ours, also)
-    # Copies, which are made in one step: list(d.items()) makes tuples, which may start the garbage collector and let
-    # another thread in, whose import changes the dict.
-    for name, module in sys.modules.copy().items() if walker.table else ():
+    for name, module in entries(sys.modules) if walker.table else ():
         if name.partition(".")[0] in _SKIPPED_PACKAGES and name not in also:  # as in_scope, without a call
             continue
         if issubclass(type(module), types.ModuleType):
@@ -165,7 +163,7 @@ class _Walker:
         if depth and dict.__len__(box) > _MAX_MEMBERS:  # a module's own names (depth 0) are always looked at
             return
         names = []
-        for name, value in dict.copy(box).items():
+        for name, value in entries(box):
             if id(value) in self.table or self.is_open(value):
                 self.visit(value, name if type(name) is str else "", depth, key, box, name)
             if type(name) is not str and id(name) in self.table:
@@ -228,6 +226,15 @@ class _Walker:
         self.mapping(call.keywords, depth)
         self.visit(call.func, "", depth, _part, call, 0)
         self.visit(call.args, "", depth, _part, call, 1)
+
+
+def entries(box: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    """The keys and values of a dict at one moment, past what a subclass makes of looking them up.
+
+    A plain dict, as modules have, is copied in one step: list(d.items()) makes tuples, which may start the garbage
+    collector and let another thread in, whose import changes the dict.
+    """
+    return box.copy().items() if type(box) is dict else list(dict.items(box))
 
 
 def _cells(function: types.FunctionType) -> Iterator[tuple[types.CellType, Any]]:

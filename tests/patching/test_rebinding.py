@@ -254,6 +254,21 @@ def test_nothing_lazy_is_woken() -> None:
         plan.undo()
 
 
+def test_a_dict_that_makes_what_is_asked_of_it_is_not_asked() -> None:
+    """A subclass may instantiate what it keeps when it is looked up: the search reads past that."""
+    source = """
+        import collections, kit
+        class Maker(collections.OrderedDict):
+            def __getitem__(self, name): raise RuntimeError("it was asked")
+        made = Maker(norm=kit.norm)
+    """
+    with toys({**KIT, "user": source}):
+        user = load("user")
+        plan = applied(wrap("kit:norm"))
+        assert dict.__getitem__(user.made, "norm")(1) == LOUD
+        plan.undo()
+
+
 def test_a_module_of_lazy_loader_sleeps_on() -> None:
     """A module that importlib.util.LazyLoader has put to sleep is not executed by the search for copies."""
     with toys({**KIT, "sleeper": "raise RuntimeError('woken')", "user": "from kit import norm"}) as finder:
