@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from llm_adapt.ops.dispatch.registry import all_ops
+from llm_adapt.ops.kernels import inductor
 
 __all__ = ["DOCUMENT", "table"]
 
@@ -23,6 +24,8 @@ def libraries() -> dict[str, list[str]]:
         library = path.relative_to(folder).parts[0].removesuffix(".py")
         for op in _KERNEL.findall(path.read_text(encoding="utf-8")):
             found.setdefault(op, set()).add(library)
+    for op in inductor.OPS:  # registered in a loop
+        found.setdefault(op, set()).add("inductor")
     return {op: sorted(names) for op, names in found.items()}
 
 

@@ -29,6 +29,7 @@ _EXAMPLES = """examples:
   llm-adapt bench --quick                          every operator, small shapes, under 5 minutes on 2 cores
   llm-adapt bench --only attention --dtype bf16    one operator at the shapes of large models
   llm-adapt bench --quick --out runs/bench         also writes bench.json, bench.md and bench.png
+  llm-adapt bench --quick --only norm --ops "order=inductor>torch_native"     also what torch.compile makes of them
 
 Eager PyTorch is the operator's own reference. A ratio above 1 means that the kernel is faster. Figures are medians of
 torch.utils.benchmark; compare ratios, not times of different runs.
@@ -63,6 +64,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="operators whose name contains the text")
     parser.add_argument("--dtype", action="append", help="may be repeated (float32 and bfloat16)")
     parser.add_argument("--device", metavar="NAME", help="device instead of the detected one")
+    parser.add_argument("--ops", metavar="POLICY", help="which libraries to time, e.g. order=inductor>torch_native")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.md and bench.png")
     parser.set_defaults(func=run_bench)
 
@@ -71,7 +73,7 @@ def run_bench(args: argparse.Namespace) -> int:
     """Run the command."""
     dtypes = [parse_dtype(text) for text in args.dtype or ("float32", "bfloat16")]
     rows: list[Timing] = []
-    with patched(device=args.device), warnings.catch_warnings():
+    with patched(device=args.device, ops=args.ops), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a quarantine: such a kernel is not timed, and listed below
         from llm_adapt.ops.dispatch.registry import all_ops
 
