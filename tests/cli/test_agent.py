@@ -158,7 +158,11 @@ def test_rank_killed_in_training_is_named(tmp_path: Path) -> None:
     assert re.search(r"^llm-adapt: rank 1 of 2 \(pid \d+\) was killed by SIGKILL at", done.stderr, re.MULTILINE)
 
 
-SLEEP = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n"
+SLEEP = """
+import os, sys, time
+sys.stdout.write(f"{os.getpid()}\\n")  # one write, as above
+time.sleep(600)
+"""
 
 
 @pytest.mark.parametrize(
