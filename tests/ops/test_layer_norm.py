@@ -146,3 +146,18 @@ def test_what_cannot_be_is_refused(error: type[Exception], message: str, argumen
     """Each guard says what was asked, what was found and what to pass."""
     with pytest.raises(error, match=message):
         layer_norm(**{"x": torch.ones(2, 4), "weight": torch.ones(4), "bias": torch.ones(4)} | arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_far_from_zero_has_the_right_gradient(dtype: torch.dtype) -> None:
+    """Where torch keeps the mean in 16 bits for backward, as on the CPU, torch does not serve."""
+    x = (_drawn(4, 64) * 0.02 + 0.55).to(dtype)
+    dy = _drawn(4, 64, dtype=dtype, seed=1)
+    found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
+    with using(Policy(order=("torch_native",))):
+        layer_norm(_drawn(4, 64, dtype=dtype).requires_grad_())  # rows on which torch's kernel passes its proof
+        layer_norm(found).backward(dy)
+    F.layer_norm(expected, (64,)).backward(dy.double())
+    assert found.grad is not None
+    assert expected.grad is not None
+    assert (found.grad - expected.grad).abs().max() <= torch.finfo(dtype).eps * expected.grad.abs().max()

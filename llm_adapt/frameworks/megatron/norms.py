@@ -23,7 +23,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, with weight + 1 where it is zero-centered.
 
     Shapes: x [..., H] -> y [..., H].
-    Dtypes: y has the dtype of x; statistics are taken in float32 for 16-bit x (torch.nn.functional.layer_norm).
+    Dtypes: y has the dtype of x; statistics are taken in float32 for 16-bit x (torch.nn.functional.layer_norm), but on
+        the CPU torch 2.13 keeps them for backward in the dtype of x: dx of a row far from zero for its spread is off.
     Source: Ba et al. 2016, equation 4; zero-centered weights as in megatron.core.fusions.fused_layer_norm.
     """
 

@@ -27,9 +27,9 @@ def add_rms_norm(
 
 
 def _layer_norm(call: Call) -> str | None:
-    is_16_bit = call.dtype in (torch.bfloat16, torch.float16)
-    if call.device == "cpu" and is_16_bit and (call.weight is not None or call.bias is not None):
-        return "adds up the gradients of weight and bias in 16 bits on the CPU"  # Workaround: cpu-16-bit-norms
+    if call.device == "cpu" and call.dtype in (torch.bfloat16, torch.float16):
+        # Workaround: cpu-16-bit-norms
+        return "keeps the mean, and adds up the gradients of weight and bias, in 16 bits on the CPU"
     return mixed_dtypes(call)
 
 
