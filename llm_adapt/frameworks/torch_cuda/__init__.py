@@ -33,6 +33,7 @@ def rows(context: Context) -> list[Row]:
         compiler,
         devices,
         distributed,
+        libraries,
         namespace,
         serialization,
         switches,
@@ -53,7 +54,8 @@ def rows(context: Context) -> list[Row]:
         *accelerator.rows(translate, report, is_told),
         *amp.rows(translate),
         *switches.rows(report, translate.is_host),
-        *serialization.rows(translate),
+        *serialization.rows(translate, is_told),
+        *libraries.rows(translate),
         *distributed.rows(context, translate, is_told),
         *tooling.rows(translate, report, dataclasses.asdict(settings)),
     ]

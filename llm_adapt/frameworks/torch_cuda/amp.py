@@ -54,6 +54,8 @@ def rows(translate: DeviceTranslator) -> list[Row]:
         Patch("torch.amp.autocast_mode:autocast.__init__", autocast_init, why, kind="wrap"),
         Patch("torch.amp.grad_scaler:GradScaler.__init__", scaler_init, why, kind="wrap"),
     ]
+    if hasattr(torch.cuda.amp.common, "amp_definitely_not_available"):
+        found.append(Patch("torch.cuda.amp.common:amp_definitely_not_available", lambda: False, why))
     for name in ("custom_fwd", "custom_bwd"):
         found += [
             Patch("torch.amp.autocast_mode:" + name, custom, why, kind="wrap"),

@@ -22,6 +22,7 @@ from llm_adapt.patching import Entry, Patch, Row
 __all__ = ["DeviceTranslator", "type_proxy"]
 
 _CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]*))?\Z")  # what torch itself reads as a CUDA device
+_CAN_BE_BASE = 1 << 10  # Py_TPFLAGS_BASETYPE
 REAL_DEVICE = torch.device  # the C type itself, whatever torch.device is bound to later
 
 
@@ -115,10 +116,12 @@ def logical_devices(configured: int | None) -> int:
     return configured or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def type_proxy(real: type, make: Callable[..., Any], home: str = "torch") -> Any:
-    """A stand-in for a C type that cannot be subclassed: calls go to `make`, everything else is the real type.
+def type_proxy(real: type, make: Callable[..., Any], home: str = "torch", is_base: bool = False) -> Any:
+    """A stand-in for a type: calls go to `make`, everything else is the real type.
 
-    `home` is the module that holds the stand-in under the type's name, which is how pickle finds it.
+    `home` is the module that holds the stand-in under the type's name, which is how pickle finds it. With `is_base`
+    the stand-in is a subclass of the real type, where Python allows one: then issubclass holds for what the real
+    type's bases are, and subclasses of the stand-in are subclasses of the real type, made as theirs.
 
     isinstance and issubclass answer as for the real type, attributes are the real type's, and instances
     *are* real instances. The proxy equals the real type and hashes like it, so tables keyed by type still work.
@@ -126,26 +129,27 @@ def type_proxy(real: type, make: Callable[..., Any], home: str = "torch") -> Any
 
     class Meta(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            return make(*args, **kwargs)
+            return make(*args, **kwargs) if cls is proxy else super().__call__(*args, **kwargs)
 
         def __instancecheck__(cls, instance: Any) -> bool:
-            return isinstance(instance, real)
+            return isinstance(instance, real) if cls is proxy else super().__instancecheck__(instance)
 
         def __subclasscheck__(cls, subclass: type) -> bool:
-            return subclass is cls or issubclass(subclass, real)
+            return (cls is proxy and issubclass(subclass, real)) or super().__subclasscheck__(subclass)
 
         def __getattr__(cls, name: str) -> Any:
             return getattr(real, name)
 
         def __eq__(cls, other: Any) -> bool:
             # Also the stand-in of an earlier patch(): torch keeps some tables of types for good.
-            return getattr(other, "__wrapped__", other) is real
+            return cls is other or (cls is proxy and getattr(other, "__wrapped__", other) is real)
 
         def __hash__(cls) -> int:
-            return hash(real)
+            return hash(real) if cls is proxy else super().__hash__()
 
     namespace = {"__module__": home, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
-    proxy = Meta(real.__name__, (), {**namespace, "__wrapped__": real})
+    bases = (real,) if is_base and real.__flags__ & _CAN_BE_BASE else ()
+    proxy = Meta(real.__name__, bases, {**namespace, "__wrapped__": real})
     return proxy
 
 
@@ -162,7 +166,10 @@ def rows(translate: DeviceTranslator, is_told: Callable[[str], bool]) -> list[Ro
         return translate(REAL_DEVICE(*args, **kwargs))  # type: ignore[no-any-return]
 
     def make_generator(device: Any = "cpu") -> torch.Generator:
-        return real_generator(translate(device))
+        place = translate(device)
+        if not translate.is_host and getattr(place, "type", place) == translate.target and ":" not in str(place):
+            place = translate.ordinal(torch.cuda.current_device())  # as CUDA's own; a vendor's would have no index
+        return real_generator(place)
 
     real_generator = torch.Generator
     device_proxy, generator_proxy = type_proxy(REAL_DEVICE, make_device), type_proxy(real_generator, make_generator)
@@ -194,6 +201,25 @@ def rows(translate: DeviceTranslator, is_told: Callable[[str], bool]) -> list[Ro
         # Workaround: pickle-torch-device
         Entry("copyreg:dispatch_table", reduce_device, "torch.device objects still pickle", key=device_proxy),
         Patch("torch.jit.annotations:try_ann_to_type", annotations, why, kind="wrap"),
+        *([] if translate.is_host else _queues(translate, why)),
+    ]
+
+
+def _queues(translate: DeviceTranslator, why: str) -> list[Row]:
+    """torch.Stream("cuda") and torch.Event("cuda"), the types of torch.cuda's without the vendor's name."""
+
+    def made(real: type) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                args = (translate(args[0]), *args[1:])
+            if "device" in kwargs:
+                kwargs["device"] = translate(kwargs["device"])
+            return real(*args, **kwargs)
+
+        return type_proxy(real, make, is_base=True)
+
+    return [
+        Patch(f"torch:{name}", made(getattr(torch, name)), why) for name in ("Stream", "Event") if hasattr(torch, name)
     ]
 
 

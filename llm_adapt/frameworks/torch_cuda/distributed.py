@@ -36,6 +36,9 @@ def rows(context: Context, translate: DeviceTranslator, is_told: IsTold) -> list
     found += _groups(context, arguments)
     found += _everywhere("is_nccl_available", functools.partial(_nccl_available, is_told=is_told), stands)
     found += _everywhere("is_backend_available", _backend_available, stands)
+    if not translate.is_host:  # gloo may be what the script asked for; a vendor's library is not
+        told = functools.partial(_told_backend, own=context.adapter.backend, is_told=is_told)
+        found += _everywhere("get_backend", told, "this device's library is what the script calls nccl")
     found += [
         Patch(f"{module}:ProcessGroupNCCL", ProcessGroupNCCL, "a name to fill options in", kind="add")
         for module in _C10D
@@ -53,7 +56,8 @@ def rows(context: Context, translate: DeviceTranslator, is_told: IsTold) -> list
 def _groups(context: Context, arguments: Wrap) -> list[Row]:
     """new_group, and on gloo also what gloo lacks."""
     if context.adapter.backend != "gloo":
-        return _everywhere("new_group", arguments, "nccl is this device's library", (*_C10D, _MESH))
+        found = _everywhere("new_group", arguments, "nccl is this device's library", (*_C10D, _MESH))
+        return found + (_averages(context) if "AVG" in context.adapter.missing_reduce_ops else [])
     from llm_adapt.parallel import collectives
     from llm_adapt.parallel.groups import GroupCache
 
@@ -78,6 +82,16 @@ def _groups(context: Context, arguments: Wrap) -> list[Row]:
     for name, wrap in lacking.items():
         found += _everywhere(name, wrap, "PREMUL_SUM, float8, flat shapes, coalescing and pending sends on gloo")
     return found
+
+
+def _averages(context: Context) -> list[Row]:
+    """AVG where the library has none."""
+    from llm_adapt.parallel.averages import averaged
+
+    wrap = functools.partial(averaged, backend=context.adapter.backend)
+    names = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
+    there = [name for name in names if hasattr(torch.distributed, name)]
+    return [row for name in there for row in _everywhere(name, wrap, f"{context.adapter.backend} has no AVG")]
 
 
 def _destroy(group: Any = None, *, cache: Any, report: Report) -> None:
@@ -107,6 +121,16 @@ def _nccl_available(original: Callable[[], bool], is_told: IsTold) -> Callable[[
         return is_told(sys._getframe(1).f_globals.get("__name__", "")) or original()
 
     return is_nccl_available
+
+
+def _told_backend(original: Callable[..., str], own: str, is_told: IsTold) -> Callable[..., str]:
+    @functools.wraps(original)
+    def get_backend(group: Any = None) -> str:
+        """nccl for this device's library, to code that knows only CUDA; the truth to code that knows this device."""
+        backend = original(group)
+        return "nccl" if backend == own and is_told(sys._getframe(1).f_globals.get("__name__", "")) else backend
+
+    return get_backend
 
 
 def _backend_available(original: Callable[[str], bool]) -> Callable[[str], bool]:

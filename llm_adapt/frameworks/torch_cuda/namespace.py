@@ -83,6 +83,8 @@ def rows(translate: DeviceTranslator, report: Report, is_told: IsTold) -> list[R
     found: list[Row] = []
     for name, new in table.items():
         found += _with_copies(name, new, f"torch.cuda on {translate.adapter.name}")
+    if not translate.is_host:
+        found += vendor.stream_handles(translate)
     return found + nvtx.rows(translate, report) + _submodules(translate, report) + _comm(translate)
 
 

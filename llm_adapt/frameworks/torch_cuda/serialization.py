@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llm_adapt.frameworks.torch_cuda.availability import IsTold
 from llm_adapt.frameworks.torch_cuda.devices import DeviceTranslator
 from llm_adapt.patching import Entry, Patch, Row
 
@@ -19,10 +20,12 @@ _PRIORITY = 15
 _ACCELERATOR_TAG = re.compile(r"(cuda|npu|mlu|privateuseone)(?::(\d+))?\Z")
 
 
-def rows(translate: DeviceTranslator) -> list[Row]:
+def rows(translate: DeviceTranslator, is_told: IsTold) -> list[Row]:
     """Rows for torch.load's map_location and for storage tags."""
     why = "checkpoints written on any device load here"
-    load = functools.lru_cache(maxsize=None)(functools.partial(_load, translate=translate))  # one object, two names
+    load = functools.lru_cache(maxsize=None)(
+        functools.partial(_load, translate=translate, is_told=is_told)
+    )  # one object, two names
     entry = (_PRIORITY, _no_tag, functools.partial(_restore, translate=translate))
     return [
         Patch("torch:load", load, why, kind="wrap"),
@@ -31,10 +34,15 @@ def rows(translate: DeviceTranslator) -> list[Row]:
     ]
 
 
-def _load(original: Callable[..., Any], translate: DeviceTranslator) -> Callable[..., Any]:
+def _load(original: Callable[..., Any], translate: DeviceTranslator, is_told: IsTold) -> Callable[..., Any]:
     def location(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: location(item) for key, item in value.items()}
+            found = {key: location(item) for key, item in value.items()}
+            # Files that this device wrote have its own tags where those of CUDA have cuda's.
+            return {_retagged(key, "cuda", translate.target): item for key, item in found.items()} | found
+        if callable(value):
+            is_ours = not translate.is_host and is_told(getattr(value, "__module__", None) or "")
+            return _told_cuda(value, translate.target) if is_ours else value
         place = translate(value)
         return str(place) if isinstance(value, str) else place
 
@@ -44,6 +52,17 @@ def _load(original: Callable[..., Any], translate: DeviceTranslator) -> Callable
         return original(f, location(map_location), *args, **kwargs)
 
     return load
+
+
+def _retagged(tag: Any, old: str, new: str) -> Any:
+    """`cuda:1` as `npu:1` or the other way round; any other tag stays."""
+    match = _ACCELERATOR_TAG.match(tag) if isinstance(tag, str) else None
+    return tag if match is None or match[1] != old else new + tag[len(old) :]
+
+
+def _told_cuda(place: Callable[[Any, str], Any], own: str) -> Callable[[Any, str], Any]:
+    """A map_location function of CUDA code, which is told cuda where the file names this device."""
+    return lambda storage, tag: place(storage, _retagged(tag, own, "cuda"))
 
 
 def _no_tag(storage: Any) -> None:

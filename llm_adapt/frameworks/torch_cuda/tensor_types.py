@@ -33,6 +33,8 @@ def rows(translate: DeviceTranslator, is_told: IsTold) -> list[Row]:
         Patch("torch:Tensor.type", tensor_type, _WHY, kind="wrap"),
         Patch("torch:set_default_tensor_type", default_type, _WHY, kind="wrap"),
     ]
+    for storage in ("UntypedStorage", "TypedStorage"):
+        found.append(Patch(f"torch.storage:{storage}.is_cuda", _is_cuda(translate, is_told), _WHY))
     if translate.is_host:  # vendors count their own ordinals
         get_device = functools.partial(_get_device, translate=translate, is_told=is_told)
         found.append(Patch("torch:Tensor.get_device", get_device, _WHY, kind="wrap"))
@@ -60,7 +62,7 @@ def own_type(value: Any, translate: DeviceTranslator) -> Any:
 def _is_cuda(translate: DeviceTranslator, is_told: IsTold) -> property:
     target, frame = translate.target, sys._getframe
 
-    def is_cuda(self: torch.Tensor) -> bool:
+    def is_cuda(self: Any) -> bool:
         """True on the device that stands for cuda."""
         return self.device.type == target and is_told(frame(1).f_globals.get("__name__", ""))
 

@@ -56,8 +56,9 @@ def rows(translate: DeviceTranslator, report: Report) -> list[Row]:
         Patch("torch:set_default_device", functools.partial(_first, translate=translate), WHY, kind="wrap"),
     ]
     if translate.is_host:
-        found += _host_rows(report)
-    return found
+        return found + _host_rows(report)
+    pinned = functools.partial(_method_first, translate=translate)
+    return found + [Patch(f"torch:Tensor.{name}", pinned, WHY, kind="wrap") for name in ("pin_memory", "is_pinned")]
 
 
 def _host_rows(report: Report) -> list[Row]:
@@ -94,6 +95,16 @@ def _first(original: Callable[..., Any], translate: DeviceTranslator) -> Callabl
         return original(translate(device), *args, **kwargs)
 
     return with_device
+
+
+def _method_first(original: Callable[..., Any], translate: DeviceTranslator) -> Callable[..., Any]:
+    """For methods whose one argument is the device, which may be left out."""
+
+    @functools.wraps(original)
+    def method(self: torch.Tensor, device: Any = None) -> Any:
+        return original(self) if device is None else original(self, translate(device))
+
+    return method
 
 
 def _tensor_to(original: Callable[..., Any], translate: DeviceTranslator) -> Callable[..., Any]:

@@ -30,7 +30,15 @@ def _recorded(name, answer=None):
 
 class Stream:
     def __init__(self, device=None, priority=0):
-        self.device, self.priority = device, priority
+        self.device, self.priority, self.NAME_stream = device, priority, 77
+
+    NAME_stream = 77  # as the type of a C attribute shows it
+
+
+class ExternalStream(Stream):
+    def __init__(self, stream_ptr, device=None):
+        super().__init__(device)
+        self.NAME_stream = stream_ptr
 
 
 class Event:
@@ -58,6 +66,16 @@ def mem_get_info(device=None):
     return (1, 2)
 
 
+def get_device_properties(device=None):
+    calls.append(("get_device_properties", device))
+    return types.SimpleNamespace(name="Fake", major=None, minor=None, warp_size=None, multi_processor_count=20)
+
+
+def start():
+    calls.append(("start",))
+    module.default_generators = tuple(torch.Generator() for _ in range(8))
+
+
 def range_start(message):
     calls.append(("range_start", message))
     return 5
@@ -81,7 +99,9 @@ module.memory._record_memory_history = lambda *args, **kwargs: calls.append(("hi
 module.RANGES = types.SimpleNamespace(range_start=range_start)
 for name in ("set_device", "synchronize", "get_device_name", "memory_allocated", "get_rng_state"):
     setattr(module, name, _recorded(name, name))
-for item in (Stream, Event, device, mem_get_info, can_device_access_peer):
+module.default_generators = ()  # empty until the device starts, and another object then
+module._lazy_init = start
+for item in (Stream, ExternalStream, Event, device, mem_get_info, get_device_properties, can_device_access_peer):
     setattr(module, item.__name__, item)
 module.GRAPH = Graph
 torch._register_device_module("NAME", module)

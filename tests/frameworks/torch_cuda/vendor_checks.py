@@ -105,6 +105,67 @@ def classes(vendor: str, plugin: ModuleType, torch: Any) -> None:
 
 
 @check
+def subclasses(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """torch.cuda.Stream is a subclass of what the vendor's is, and a script's subclass of it makes its own objects."""
+
+    class Mine(torch.cuda.Stream):  # type: ignore[misc]
+        pass
+
+    assert issubclass(torch.cuda.Stream, plugin.Stream)
+    assert issubclass(Mine, torch.cuda.Stream)
+    assert type(Mine()) is Mine
+    assert isinstance(Mine(), torch.cuda.Stream)
+    assert not isinstance(torch.cuda.Stream(), Mine)
+    assert {torch.cuda.Stream: 1}[plugin.Stream] == 1
+    assert Mine not in {plugin.Stream: 1}
+
+
+@check
+def stream_handles(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """A stream's cuda_stream is the vendor's handle, and a stream is found again by it."""
+    assert torch.cuda.Stream().cuda_stream == 77
+    assert torch.cuda.get_stream_from_external(5).cuda_stream == 5
+    assert torch.cuda.get_stream_from_external(5, "cuda:2").device == torch.device(vendor, 2)
+
+
+@check
+def generic_queues(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """torch.Stream and torch.Event of cuda ask for the vendor's device; they stay types that code can derive from."""
+    raises((NotImplementedError, RuntimeError), vendor, lambda: torch.Stream("cuda"))
+    raises((NotImplementedError, RuntimeError), vendor, lambda: torch.Stream(device="cuda:1"))
+    raises((NotImplementedError, RuntimeError), vendor, lambda: torch.Event("cuda"))
+    raises((NotImplementedError, RuntimeError), vendor, lambda: torch.Event(device="cuda:1"))
+    assert issubclass(type("Mine", (torch.Event,), {}), torch.Event)
+
+
+@check
+def default_generators(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """The default generators start the device when they are looked into, also under a name imported before."""
+    from torch.cuda import default_generators as early
+
+    plugin.module.default_generators = ()
+    assert plugin.calls == []
+    assert early[3].initial_seed() == plugin.module.default_generators[3].initial_seed()
+    assert plugin.calls == [("start",)]
+    assert len(early) == len(torch.cuda.default_generators) == 8
+    assert list(early) == list(plugin.module.default_generators)
+    assert plugin.calls == [("start",)]
+
+
+@check
+def properties(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """The properties have the adapter's capability, and a field that the vendor leaves empty is missing, not None."""
+    found = torch.cuda.get_device_properties("cuda:2")
+    assert plugin.calls == [("get_device_properties", torch.device(vendor, 2))]
+    assert (found.major, found.minor) == torch.cuda.get_device_capability()
+    assert (found.name, found.multi_processor_count) == ("Fake", 20)
+    assert not hasattr(found, "warp_size")
+    raises(AttributeError, "warp_size was asked; Fake has none", lambda: found.warp_size)
+    if vendor == "npu":
+        assert torch.cuda.is_tf32_supported() is False
+
+
+@check
 def refusals(vendor: str, plugin: ModuleType, torch: Any) -> None:
     """A name of torch.cuda that the vendor lacks is refused with the way out; nothing is left to CUDA."""
     raises(NotImplementedError, "torch.cuda.MemPool was asked", lambda: torch.cuda.MemPool())
@@ -132,6 +193,7 @@ def autocast(vendor: str, plugin: ModuleType, torch: Any) -> None:
     assert torch.is_autocast_enabled()
     torch.set_autocast_enabled(False)
     assert not torch.is_autocast_enabled(vendor)
+    assert torch.cuda.amp.common.amp_definitely_not_available() is False
 
 
 @check
@@ -161,6 +223,89 @@ def loading(vendor: str, plugin: ModuleType, torch: Any) -> None:
 
     assert default_restore_location(Storage(), "cuda:2") == torch.device(vendor, 2)
     assert default_restore_location(Storage(), "cuda") == torch.device(vendor)
+
+
+@check
+def map_locations(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """map_location of CUDA code serves files that the vendor's device wrote: keys and functions know its tags."""
+    import io
+
+    from torch import serialization
+
+    file, seen = io.BytesIO(), []
+    original = serialization.location_tag
+    serialization.location_tag = lambda storage: f"{vendor}:1"
+    try:
+        torch.save(torch.ones(2), file)
+    finally:
+        serialization.location_tag = original
+
+    def place(storage: Any, tag: str) -> Any:
+        seen.append(tag)
+        return storage
+
+    def load(location: Any) -> Any:
+        file.seek(0)
+        return torch.load(file, map_location=location)
+
+    assert load(place).tolist() == load({"cuda:1": "cpu"}).tolist() == load({f"{vendor}:1": "cpu"}).tolist() == [1, 1]
+    assert seen == ["cuda:1"]
+    place.__module__ = "transformers.loading"  # a library that knows the device is told the truth
+    load(place)
+    assert seen == ["cuda:1", f"{vendor}:1"]
+
+
+@check
+def pinning(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """pin_memory and is_pinned translate the device that they are given."""
+    for act in (lambda: torch.ones(1).pin_memory("cuda"), lambda: torch.ones(1).is_pinned(device="cuda")):
+        try:
+            act()
+        except (NotImplementedError, RuntimeError) as error:
+            assert "CUDA" not in str(error), error  # noqa: PT017 - this file runs without pytest
+
+
+@check
+def storages(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """A storage in host memory is not on cuda, and the answer is the facade's."""
+    assert not torch.ones(1).untyped_storage().is_cuda
+    assert not torch.ones(1)._typed_storage().is_cuda
+
+
+@check
+def custom_ops(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """A custom op whose kernel is registered for cuda has one for the vendor's device."""
+
+    def double(x: Any) -> Any:
+        return x * 2
+
+    made = torch.library.custom_op(
+        "llm_adapt_checks::twice", mutates_args=(), device_types="cuda", schema="(Tensor x) -> Tensor"
+    )
+    twice = made(double)
+    assert list(twice._backend_fns) == [vendor]
+    twice.register_kernel(["cpu", "cuda"])(double)
+    assert set(twice._backend_fns) == {"cpu", vendor}
+    assert twice(torch.ones(1)).item() == 2
+
+
+@check
+def backend_names(vendor: str, plugin: ModuleType, torch: Any) -> None:
+    """get_backend says nccl for the vendor's library, to code that knows only CUDA; gloo stays gloo."""
+    import torch.distributed as dist
+
+    def ask(module: str) -> str:
+        return str(eval("dist.get_backend()", {"__name__": module, "dist": dist}))
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert ask("__main__") == "gloo"
+    kept = dist.distributed_c10d._world.pg_map
+    group = dist.group.WORLD
+    store, kept[group] = kept[group], (BACKENDS[vendor], kept[group][1])
+    assert ask("__main__") == ask("megatron.core") == dist.Backend.NCCL
+    assert ask("torch.distributed.fsdp") == ask("deepspeed.comm") == BACKENDS[vendor]
+    kept[group] = store
+    dist.destroy_process_group()
 
 
 @check
