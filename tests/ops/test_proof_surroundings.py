@@ -14,7 +14,8 @@ from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch.dispatcher import dispatchers
 from llm_adapt.ops.dispatch.in_force import using
 from llm_adapt.ops.dispatch.policy import Policy
-from llm_adapt.ops.dispatch.proof import apart, compare, prove
+from llm_adapt.ops.dispatch.proof import compare, prove
+from llm_adapt.ops.dispatch.proving_ground import apart
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 from tests.ops.scaled_op import TOY, scaled, toy_library, toy_op
 

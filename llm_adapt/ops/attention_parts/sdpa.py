@@ -9,6 +9,8 @@ CUDA backend takes).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
@@ -108,6 +110,17 @@ def _combined(mask: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Ten
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
+@functools.cache
+def _takes_groups(device: str) -> bool:
+    """Whether this device's function takes enable_gqa, tried once: torch_mlu's math path of 2024 does not know it."""
+    query, key = torch.zeros(1, 2, 1, 8, device=device), torch.zeros(1, 1, 1, 8, device=device)
+    try:
+        F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -117,6 +130,9 @@ def _sdpa(
     scale: float | None,
 ) -> torch.Tensor:
     is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and query.device.type not in ("cpu", "cuda") and not _takes_groups(query.device.type):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
     )

@@ -16,7 +16,8 @@ from llm_adapt.ops.dispatch.calling import as_autocast, autocast_dtype, outside_
 from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
 from llm_adapt.ops.dispatch.entry import make_entry, tensor_check
 from llm_adapt.ops.dispatch.in_force import Moment, listeners, lock, moment, policy_in_force
-from llm_adapt.ops.dispatch.proof import Verdict, apart, prove
+from llm_adapt.ops.dispatch.proof import Verdict, prove
+from llm_adapt.ops.dispatch.proving_ground import apart
 from llm_adapt.ops.dispatch.registry import REFERENCE, FusedOp, Kernel
 
 __all__ = ["Binding", "Dispatcher", "dispatcher_of", "dispatchers", "fused_op"]

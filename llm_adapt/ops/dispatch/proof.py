@@ -8,7 +8,6 @@ it works on copies. The reference runs on the CPU in float64, which every device
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,11 @@ from typing import Any, TypeVar
 import torch
 
 from llm_adapt.errors import KernelError
+from llm_adapt.ops.dispatch.proving_ground import apart, check_device
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
 __all__ = [
     "Verdict",
-    "apart",
     "compare",
     "differentiable",
     "float_dtypes",
@@ -70,47 +69,13 @@ def prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str = "
     Returns:
         the verdict; an exception of the kernel is a failed proof, one of the reference is raised.
     """
+    return apart(lambda: _prove(op, kernel, arguments, cases), _device(arguments).type)
+
+
+def _device(arguments: Mapping[str, Any]) -> torch.device:
+    """Where the call computes: the first place that is not the CPU."""
     tensors = [tensor for value in arguments.values() for _, tensor in named_tensors("", value)]
-    device = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), "cpu")
-    return apart(lambda: _prove(op, kernel, arguments, cases), device)
-
-
-def apart(act: Callable[[], T], device: str = "cpu") -> T:
-    """Do something in a thread of its own, where nothing is in force that belongs to the calling thread.
-
-    Except the current device and stream of that type: kernels are launched there, and behind what made the inputs.
-    """
-    take_place = _place_of_caller(device)
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            take_place()
-            results.append(act())
-        except BaseException as error:  # noqa: BLE001 - raised in the calling thread, below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="llm_adapt proof")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-def _place_of_caller(device: str) -> Callable[[], None]:
-    """What puts another thread on the current device and stream of this one."""
-    module: Any = getattr(torch, device, None)
-    if device == "cpu" or not all(hasattr(module, name) for name in ("set_device", "set_stream")):
-        return lambda: None
-    index, stream = module.current_device(), module.current_stream()
-
-    def take_place() -> None:
-        module.set_device(index)
-        module.set_stream(stream)
-
-    return take_place
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
 
 
 def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -> Verdict:
@@ -125,6 +90,7 @@ def _prove(op: FusedOp, kernel: Kernel, arguments: dict[str, Any], cases: str) -
         ours = run_op(op, kernel.function, taken, kernel.has_backward)
     except Exception as error:  # noqa: BLE001 - whatever it raises is why it does not serve
         found = Verdict(False, _raised(error))
+        check_device(_device(small), kernel.name, found.reason)
     else:
         for name in kernel.no_gradient:  # calls that need it are refused
             for results in (expected, ours):
@@ -205,7 +171,7 @@ def _check_inputs(op: FusedOp, copies: Mapping[str, Any], arguments: Mapping[str
     for name in copies.keys() - set(op.mutates):
         before, after = named_tensors(name, arguments[name]), named_tensors(name, copies[name])
         for (place, old), (_, new) in zip(before, after, strict=True):
-            if not torch.equal(_bytes(new), _bytes(old.to(new.dtype))):
+            if not torch.equal(_bytes(new), _bytes(old.detach().cpu().to(new.dtype))):  # an NPU has no float64
                 raise KernelError(f"it changed {place}, which it may only read")
 
 
@@ -255,7 +221,9 @@ def _alone(
         try:
             found = run_op(op, kernel.function, taken, only=name)
         except Exception as error:  # noqa: BLE001 - as in _prove
-            return Verdict(False, f"{_raised(error)}, when {name} alone needs a gradient")
+            reason = f"{_raised(error)}, when {name} alone needs a gradient"
+            check_device(_device(taken), kernel.name, reason)
+            return Verdict(False, reason)
         ours = {key: value for key, value in found.items() if key == gradient}
         verdict = compare(op, ours, {gradient: expected[gradient]}, float_dtypes(taken))
         if not verdict.holds:
@@ -330,7 +298,8 @@ def _copied(value: Any, oracle: torch.dtype | None) -> Any:
         part = value[tuple(slice(None if stride else 1) for stride in value.stride())]
         copy = torch.empty_strided(part.shape, part.stride(), dtype=value.dtype, device=value.device).copy_(part)
         return copy if part.shape == value.shape else copy.expand(value.shape)
-    return value.to("cpu", oracle if value.is_floating_point() else value.dtype, copy=True)
+    # First to the CPU: an NPU and an MLU turn float64 into float32.
+    return value.cpu().to(oracle if value.is_floating_point() else value.dtype, copy=True)
 
 
 def differentiable(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
