@@ -3,7 +3,7 @@
 NPROC ?= 2
 OUT ?= runs/pretrain_gpt
 
-.PHONY: help train test test-all test-triton lint bench clean
+.PHONY: help train test test-all test-simulators test-triton lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -12,10 +12,14 @@ train: ## set up, then train a small GPT with Megatron-Core on this machine, ten
 	@python=$$(scripts/environment.sh megatron,bench) && set -x && \
 	$$python -m llm_adapt.cli run --nproc $(NPROC) --out $(OUT) examples/pretrain_gpt.py --out $(OUT)
 
-test: ## set up, then check style, types, layers and run the tests (about 15 minutes on 2 cores)
+test: ## set up, then check style, types, layers and run the tests, those on simulated devices too (about 20 minutes)
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
 	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && \
-	$$(dirname $$python)/lint-imports && $$python -m pytest
+	$$(dirname $$python)/lint-imports && $$python scripts/devices_page.py --check && \
+	$$python -m pytest && scripts/test_simulators.sh $$python
+
+test-simulators: ## only the tests that run on simulated devices (needs g++; fetches torch_npu once)
+	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && scripts/test_simulators.sh $$python
 
 test-all: ## the tests with the slow ones
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && $$python -m pytest -m ''

@@ -15,7 +15,6 @@ megatron = ["megatron-core==0.16.1", "numpy", "psutil", "pybind11>=2.12"]
 transformers = ["transformers>=5.23,<6", "accelerate>=1.15"]
 # On CUDA only: a vendor's Triton belongs to its image. 1 GB.
 triton = ["triton>=3.2"]
-sim = ["setuptools>=68"]
 bench = ["matplotlib>=3.8", *cli]
 docs = ["mkdocs>=1.6"]
 dev = [
@@ -41,13 +40,16 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["llm_adapt", "llm_adapt.*"]),
-    package_data={"llm_adapt": ["py.typed"], "llm_adapt.frameworks.torch_cuda": ["*.json"]},
+    package_data={
+        "llm_adapt": ["py.typed"],
+        "llm_adapt.frameworks.torch_cuda": ["*.json"],
+        "llm_adapt.simulators": ["**/*.cpp", "**/*.h"],
+    },
     extras_require={
         "cli": cli,
         "megatron": megatron,
         "transformers": transformers,
         "triton": triton,
-        "sim": sim,
         "bench": bench,
         "docs": docs,
         "dev": dev,

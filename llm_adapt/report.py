@@ -32,6 +32,7 @@ class Report:
 
     Attributes:
         device: name of the adapter in use.
+        simulated: what stands in for the device, "" on real hardware; then the report's first line says it.
         versions: distribution -> installed version, "absent" when not installed.
         recorded: the choices that were made once, in their order.
         sources: asked anew for their lines at each look, since their choices change as the script imports.
@@ -39,6 +40,7 @@ class Report:
     """
 
     device: str = ""
+    simulated: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     recorded: list[Line] = field(default_factory=list)
     sources: list[Callable[[], Iterable[Line]]] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Report:
     def as_dict(self) -> Mapping[str, object]:
         """Plain data for JSON."""
         return {
+            **({"simulated": self.simulated} if self.simulated else {}),
             "device": self.device,
             "versions": self.versions,
             "choices": [line._asdict() for line in self.lines],
@@ -86,7 +89,8 @@ class Report:
 
     def to_text(self) -> str:
         """The report as text: one line a choice, applied patches counted per module."""
-        rows = [f"llm_adapt on {self.device}"]
+        rows = [f"SIMULATED on host memory, not on hardware: {self.simulated}"] if self.simulated else []
+        rows.append(f"llm_adapt on {self.device}")
         rows += [f"  {name} {version}" for name, version in self.versions.items()]
         applied: dict[str, int] = {}
         for line in self.lines:

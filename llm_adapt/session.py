@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import llm_adapt
+from llm_adapt import simulators
 from llm_adapt.adapters import activate, detect
 from llm_adapt.adapters.base import DeviceAdapter
-from llm_adapt.errors import PatchError
+from llm_adapt.errors import PatchError, SettingsError
 from llm_adapt.frameworks import coexistence
 from llm_adapt.frameworks.context import Context
 from llm_adapt.patching import Entry, Plan
@@ -55,6 +56,7 @@ _lock = threading.RLock()
 def patch(
     *,
     device: str | None = None,
+    simulate: str | None = None,
     strict: bool | None = None,
     cpu_devices: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -68,6 +70,8 @@ def patch(
 
     Args:
         device: "cuda", "npu", "mlu", "dcu" or "cpu"; default: LLM_ADAPT_DEVICE, else the detected device.
+        simulate: "npu", "mlu" or "dcu": that device on host memory, until the process ends (LLM_ADAPT_SIMULATE;
+            docs/simulators.md).
         strict: every reported skip or mismatch becomes an error (LLM_ADAPT_STRICT).
         cpu_devices: how many CUDA ordinals the CPU presents (LLM_ADAPT_CPU_DEVICES).
         out: folder that receives the report as JSON at unpatch() or the end of the process (LLM_ADAPT_OUT).
@@ -79,11 +83,13 @@ def patch(
 
     Raises:
         SettingsError: an argument or an LLM_ADAPT_* variable has an unknown name or value.
+        SimulatorError: the simulator cannot be built or started here.
         DeviceError: no such device, the device is not here, or two devices are and none was chosen.
         PatchError: already patched with other arguments, another tool has taken over, or a row does not resolve.
     """
     arguments: dict[str, Any] = {
-        "device": device, "strict": strict, "cpu_devices": cpu_devices, "out": out, "ops": ops, "proof": proof
+        "device": device, "simulate": simulate, "strict": strict, "cpu_devices": cpu_devices, "out": out,
+        "ops": ops, "proof": proof,
     }  # fmt: skip
     with _lock:
         settings = _with_whole_paths(resolve(**arguments))
@@ -127,6 +133,8 @@ def _open(settings: Settings, requested_by: str) -> _Session:
 
 def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     report = Report()
+    if settings.simulate is not None:
+        settings = _simulated(settings, report)
     detection = detect(settings.device, requested_by=requested_by)
     adapter = detection.adapter
     report.device = adapter.name
@@ -136,6 +144,8 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     coexistence.check_active(context)
     for line in activate(adapter):
         report.add("device", adapter.name, "activated", line)
+    if settings.simulate is not None:
+        simulators.install()
     coexistence.check_active(context)  # again: a plug-in may start a tool of its vendor
     versions = adapter.versions()
     report.versions = {name: "absent" for name in adapter.version_sources} | versions
@@ -150,6 +160,20 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     report.sources.append(lambda: _lines(plan))
     _put_in_force(policy, report)
     return context, plan
+
+
+def _simulated(settings: Settings, report: Report) -> Settings:
+    """Turn this process into one of the simulated device, and say so before anything else."""
+    assert settings.simulate is not None
+    simulation = simulators.enter(settings.simulate)
+    name = simulation.simulator.name
+    if settings.device not in (None, name):
+        raise SettingsError(
+            f"Device {settings.device!r} was asked together with the simulator {settings.simulate!r}, which is of "
+            f"{name!r}. Drop one of the two."
+        )
+    report.simulated = f"{simulation.text} ({simulation.simulator.title})"
+    return replace(settings, device=name)
 
 
 def _policy(settings: Settings, adapter: DeviceAdapter) -> Any:

@@ -24,6 +24,7 @@ class Settings:
     """Values in force. Field names are the patch() arguments."""
 
     device: str | None = None
+    simulate: str | None = None
     strict: bool = False
     cpu_devices: int | None = None
     out: str | None = None
@@ -76,6 +77,10 @@ SETTINGS: dict[str, Setting] = {
     row.name: row
     for row in (
         Setting("device", _text, "cuda, npu, mlu, dcu, cpu", "Device to use instead of the detected one."),
+        Setting(
+            "simulate", _text, "npu, mlu or dcu, with :MODEL if you like",
+            "Run on a simulated device on host memory, never chosen by itself (docs/simulators.md).",
+        ),
         Setting("strict", _flag, "1 or 0", "Turn every reported skip or mismatch into an error."),
         Setting(
             "cpu_devices", _count, "1 to 1024",

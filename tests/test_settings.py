@@ -13,8 +13,24 @@ from hypothesis import strategies as st
 from llm_adapt.errors import SettingsError
 from llm_adapt.settings import SETTINGS, Settings, read_environment, resolve
 
-TEXTS = {"device": "npu", "strict": "1", "cpu_devices": "8", "out": "runs/a", "ops": "-apex", "proof": "sample:9"}
-VALUES = {"device": "npu", "strict": True, "cpu_devices": 8, "out": "runs/a", "ops": "-apex", "proof": "sample:9"}
+TEXTS = {
+    "device": "npu",
+    "simulate": "npu:Ascend910B3",
+    "strict": "1",
+    "cpu_devices": "8",
+    "out": "runs/a",
+    "ops": "-apex",
+    "proof": "sample:9",
+}
+VALUES = {
+    "device": "npu",
+    "simulate": "npu:Ascend910B3",
+    "strict": True,
+    "cpu_devices": 8,
+    "out": "runs/a",
+    "ops": "-apex",
+    "proof": "sample:9",
+}
 
 
 def test_the_table_has_every_field_and_nothing_else() -> None:
@@ -42,7 +58,7 @@ def test_a_variable_and_an_argument_mean_the_same(name: str) -> None:
 def test_the_argument_wins_over_the_variable() -> None:
     """An argument is nearer to the user than a variable; None stands for no argument."""
     environ = {"LLM_ADAPT_DEVICE": "npu", "LLM_ADAPT_STRICT": "1"}
-    assert resolve(environ, device="cpu", strict=False) == Settings("cpu", False)
+    assert resolve(environ, device="cpu", strict=False) == Settings(device="cpu", strict=False)
     assert resolve(environ, device=None, strict=None) == Settings("npu", True)
 
 

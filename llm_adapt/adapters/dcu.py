@@ -25,6 +25,7 @@ _PCI_CLASSES = ("0x03", "0x0b40", "0x12")
 _WHEELS = "Install the DAS wheel of Hygon's index or image; pip by itself would fetch a CUDA build."
 _ENV = "Run: source /opt/dtk/env.sh (not in a `docker exec` or `docker build` shell by itself)."
 _AMD = "AMD ROCm is not a device of llm_adapt yet"
+_SIMULATED = "DCU_SIM_MODEL"  # set by llm_adapt.simulators.dcu in a process whose torch will be a simulated DCU's
 
 
 def _is_dtk(version: str) -> bool:
@@ -42,6 +43,9 @@ def _marks(host: Host) -> tuple[str, ...]:
 
 
 def _probe(host: Host) -> Probe:
+    if simulated := host.environ.get(_SIMULATED):
+        # Not found, so that detection never chooses it; loadable, so that who asks for it gets it.
+        return Probe(False, f"this process simulates a DCU ({simulated})", loadable=True)
     nodes = tuple(node for node in _NODES if host.exists(node))
     build, marks = host.torch_build(), _marks(host)
     if build is not None and _is_dtk(build.version):

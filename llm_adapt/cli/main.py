@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import llm_adapt
-from llm_adapt.cli import bench, diff, doctor, explain, run, worker
+from llm_adapt.cli import bench, diff, doctor, explain, run, simulate, worker
 from llm_adapt.errors import LlmAdaptError
 
 __all__ = ["build_parser", "main"]
@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   llm-adapt explain rms_norm --shape 8,1024,4096    who would serve that call, and why the others would not
   llm-adapt diff a/report.json b/report.json        what two runs chose differently
   llm-adapt bench --quick                           every operator against eager PyTorch, proved before it is timed
+  llm-adapt simulate try npu                        an Ascend NPU on host memory: torch_npu without the hardware
 """
 
 
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_parsers(subparsers)
     diff.add_parser(subparsers)
     bench.add_parser(subparsers)
+    simulate.add_parser(subparsers)
     return parser
 
 

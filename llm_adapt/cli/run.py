@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from llm_adapt import simulators
 from llm_adapt.adapters import detect
 from llm_adapt.cli import worker
 from llm_adapt.cli.agent import launch
@@ -25,6 +26,7 @@ _EXAMPLES = """examples:
   llm-adapt run --device cpu --nproc 2 pretrain_gpt.py     on the CPU, whatever else is here
   llm-adapt run --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --nproc 8 pretrain_gpt.py
   srun llm-adapt run pretrain_gpt.py                       ranks come from Slurm (or mpirun, or torchrun)
+  llm-adapt run --simulate npu --nproc 2 pretrain.py       on two simulated Ascend NPUs (docs/simulators.md)
   llm-adapt run --out runs/a train.py                      writes runs/a/report.json: what was chosen, and why
 
 The exit code, signals and tracebacks are the script's own; of several processes the first that fails gives the
@@ -48,6 +50,9 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--device", help="cuda, npu, mlu, dcu or cpu (default: LLM_ADAPT_DEVICE, else detected)")
+    parser.add_argument(
+        "--simulate", metavar="NAME", help="a simulated npu, mlu or dcu on host memory; NAME:MODEL names the chip"
+    )
     parser.add_argument("--nproc", type=_number(1, 1024), metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--nnodes", type=_number(1, 65536), default=1, metavar="N", help="machines in the job")
     parser.add_argument(
@@ -83,17 +88,31 @@ def run_script(args: argparse.Namespace) -> int:
     _check_nodes(args)
     ranks = _single_rank(args) if args.nproc == 1 and args.nnodes == 1 else _ranks_from_outside(args)
     _check_script(args)
-    detection = detect(settings.device, requested_by="--device" if args.device else "LLM_ADAPT_DEVICE")
+    chosen = _device(settings, "--device" if args.device else "LLM_ADAPT_DEVICE")
     variables = _as_variables(settings) | worker.patched_start(os.environ)
     nproc = args.nproc or 1
     if ranks is None or ranks.rank == 0:
         said = _processes(args, ranks.world_size if ranks is not None else nproc * args.nnodes)
-        print(f"llm-adapt: {detection.adapter.title} ({detection.reason}); {said}", file=sys.stderr, flush=True)
+        print(f"llm-adapt: {chosen}; {said}", file=sys.stderr, flush=True)
     command = worker.command(args.script, args.args, args.is_module)
     if ranks is not None:  # this process is the only one here, or one that an outer launcher made: become the script
         sys.stdout.flush()
         os.execve(command[0], command, {**os.environ, **variables, **ranks.environment()})
     return launch(args, nproc, command, variables)
+
+
+def _device(settings: Settings, requested_by: str) -> str:
+    """What the processes will run on, in words; a simulator is built here, before any process waits for it."""
+    if settings.simulate is None:
+        detection = detect(settings.device, requested_by=requested_by)
+        return f"{detection.adapter.title} ({detection.reason})"
+    simulation = simulators.parse(settings.simulate)
+    if settings.device not in (None, simulation.simulator.name):
+        raise SettingsError(
+            f"Device {settings.device} and the simulator {settings.simulate} were asked. Drop one of the two."
+        )
+    simulators.prepare(settings.simulate)
+    return f"SIMULATED {simulation.text}: {simulation.simulator.title}"
 
 
 def _processes(args: argparse.Namespace, count: int) -> str:

@@ -69,9 +69,11 @@ def _shrink(arguments: dict[str, Any]) -> dict[str, Any]:
     example=_example,
     sizes={"8 matrices": (1024, 4096)},
     tolerance=Tolerance(
-        {torch.float32: 1e-5, torch.bfloat16: 8 * 2.0**-8, torch.float16: 8 * 2.0**-11},
+        {torch.float32: 4e-5, torch.bfloat16: 8 * 2.0**-8, torch.float16: 8 * 2.0**-11},
         why="torch's for-loop and foreach round to the dtype after each of about eight operations; "
-        "float32: sqrt and division add about ten roundings of 2^-24 to terms that cancel in p - lr * u",
+        "float32: kernels that are given beta2 in float32 (op-plugin, for an NPU) use another beta, by up to 2^-25, "
+        "which is 3e-5 of 1 - 0.999 and so of a second moment that begins at 0; sqrt and division add about ten "
+        "roundings of 2^-24 to terms that cancel in p - lr * u",
     ),
 )
 def adamw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_adapt.adapters import FindingKind, adapters
+from llm_adapt.adapters import FindingKind, adapters, detect
 from tests.adapters.fake_host import FakeHost, only, told
 
 ADAPTERS = adapters()
@@ -105,3 +105,12 @@ def test_dcu_cuda_wheel_from_pypi(fake: FakeHost, package: str) -> None:
     assert f"{package} 3.6.0 is not the vendor's build" in only(
         fake.dcu().dist(package, "3.6.0"), "dcu", FindingKind.PACKAGES
     )
+
+
+def test_a_simulated_dcu_is_had_by_asking_only(fake: FakeHost) -> None:
+    """A process that simulates a DCU detects the CPU; who asks for dcu gets it, with the reason."""
+    fake.torch("2.13.0+cpu").environ["DCU_SIM_MODEL"] = "BW1000"
+    assert detect(host=fake.host).adapter.name == "cpu"
+    found = detect("dcu", host=fake.host)
+    assert (found.adapter.name, "simulates a DCU (BW1000)" in found.reason) == ("dcu", True)
+    assert not ADAPTERS["dcu"].probe(fake.host).found

@@ -80,13 +80,14 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start_example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Job]]:
-    """start_example(nproc, *flags): start pretrain_gpt.py on the CPU; what is left of it is ended later."""
+    """start_example(nproc, *flags, simulate=""): start pretrain_gpt.py; what is left of it is ended later."""
     jobs = []
 
-    def start(nproc: int, *flags: str | Path) -> Job:
+    def start(nproc: int, *flags: str | Path, simulate: str = "") -> Job:
         folder = tmp_path_factory.mktemp("job")
         mark = uuid.uuid4().hex
-        command = [sys.executable, "-m", "llm_adapt.cli", "run", "--device", "cpu", "--nproc", str(nproc)]
+        command = [sys.executable, "-m", "llm_adapt.cli", "run", "--nproc", str(nproc)]
+        command += ["--simulate", simulate] if simulate else ["--device", "cpu"]
         command += [str(EXAMPLES / "pretrain_gpt.py"), "--out", str(folder / "out"), *map(str, flags)]
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {MARK: mark, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
@@ -106,8 +107,8 @@ def start_example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
 def run_example(start_example: Callable[..., Job]) -> Callable[..., Job]:
     """run_example(nproc, *flags): the same, awaited; a job that fails, fails the test with its output."""
 
-    def run(nproc: int, *flags: str | Path) -> Job:
-        job = start_example(nproc, *flags)
+    def run(nproc: int, *flags: str | Path, simulate: str = "") -> Job:
+        job = start_example(nproc, *flags, simulate=simulate)
         assert job.wait() == 0, job.output()
         return job
 

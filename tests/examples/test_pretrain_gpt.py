@@ -93,6 +93,23 @@ def test_layout_continues_the_curve(run_example, reference, start_point, nproc, 
     assert_same_curve(reference.losses(), job.losses())
 
 
+# ------------------------------------------------------------------------------------ on simulated devices
+
+
+@pytest.mark.parametrize("device", ["npu", "mlu", "dcu"])
+def test_a_simulated_device_continues_the_curve(run_example, reference, start_point, device):
+    """The CPU's checkpoint, continued at TP=2 on two simulated devices, in float32: the same losses within 1e-5."""
+    flags = ("--load", start_point, "--steps", LAST, "--save-every", 10)
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to build a simulator")
+    job = run_example(2, *TINY, *flags, simulate=device)
+    expected = {step: loss for step, loss in reference.losses().items() if step > FIRST}
+    assert job.losses() == pytest.approx(expected, rel=1e-5)
+    assert "SIMULATED" in job.output()
+    back = run_example(2, *TINY, "--load", job.out / "checkpoints" / "step_0000020", "--steps", LAST, *NO_SAVES)
+    assert back.losses() == pytest.approx({step: expected[step] for step in range(21, LAST + 1)}, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def plain_optimizer(run_example, start_point):
     """20 steps with a new optimizer, from the weights of the start point."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.torch_cuda import data_parallel
+from llm_adapt.frameworks.torch_cuda import data_parallel, gathering
 from llm_adapt.frameworks.torch_cuda.availability import IsTold
 from llm_adapt.frameworks.torch_cuda.devices import DeviceTranslator
 from llm_adapt.parallel.backends import NcclOptions, ProcessGroupNCCL, translate_backend
@@ -39,6 +39,7 @@ def rows(context: Context, translate: DeviceTranslator, is_told: IsTold) -> list
     if not translate.is_host:  # gloo may be what the script asked for; a vendor's library is not
         told = functools.partial(_told_backend, own=context.adapter.backend, is_told=is_told)
         found += _everywhere("get_backend", told, "this device's library is what the script calls nccl")
+        found += gathering.rows()
     found += [
         Patch(f"{module}:ProcessGroupNCCL", ProcessGroupNCCL, "a name to fill options in", kind="add")
         for module in _C10D

@@ -29,6 +29,9 @@ def why_not_sdpa(call: Call) -> str | None:
     mask = call.mask
     if mask is not None and mask.dtype not in (torch.bool, call.q.dtype):
         return f"scaled_dot_product_attention would round the {mask.dtype} mask to {call.q.dtype}"
+    is_empty = any(call.tensors[name].sizes is not None and 0 in call.tensors[name].shape for name in ("q", "k"))
+    if is_empty and call.device != "cpu":  # seen on an NPU: aclnnFlashAttentionScore fails on 0 keys
+        return "scaled_dot_product_attention is not known to take no queries or no keys on this device"
     if call.deterministic and call.device != "cpu":
         return "the backward is not deterministic unless torch.use_deterministic_algorithms asks for it"
     return None

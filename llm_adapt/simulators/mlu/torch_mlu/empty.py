@@ -1,0 +1,1 @@
+"""torch_mlu.utils: a package with nothing of its own."""

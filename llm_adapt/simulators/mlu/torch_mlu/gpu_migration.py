@@ -1,0 +1,1 @@
+"""torch_mlu.utils.gpu_migration: importing `migration` from it switches the migration on."""

@@ -1,0 +1,73 @@
+"""What a failed launch in torch_npu's task queue does to the process, and that a proof does not go on after it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.simulator("npu")
+
+_START = """
+import llm_adapt
+llm_adapt.patch(simulate="npu")
+import torch, torch_npu
+
+def outcome(call):
+    try:
+        call()
+        torch.npu.synchronize()
+        return "done"
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+
+def unmodelled():
+    torch_npu.npu_bmmV2(torch.ones(1, 2, 2).npu(), torch.ones(1, 2, 2).npu(), [])
+"""
+
+
+def said(code: str) -> str:
+    """What a process of its own prints: a stopped queue stays stopped."""
+    done = subprocess.run(
+        [sys.executable, "-c", _START + code], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_nothing_is_computed_after_the_queue_has_stopped() -> None:
+    """torch_npu drops later operators without a word; the simulator refuses them, and says which one failed first."""
+    text = said("""
+print(outcome(unmodelled))
+for call in (lambda: torch.ones(3).npu().cpu(), lambda: torch.ones(3, device="npu") + 1, torch.npu.synchronize):
+    print("after:", outcome(call))
+""")
+    first, *later = text.split("after:")
+    assert "BatchMatMul" in first
+    assert len(later) == 3
+    assert all("failed in torch_npu's task queue" in line or "507899" in line for line in later), text
+
+
+def test_a_kernel_that_stops_the_device_ends_the_proof() -> None:
+    """No quarantine after which everything would be garbage: an error that says how to start again."""
+    text = said("""
+from llm_adapt.errors import KernelError
+from llm_adapt.ops.dispatch.proof import prove
+from llm_adapt.ops.dispatch.registry import Kernel, find_op
+import dataclasses
+
+op = find_op("rms_norm")
+
+def broken(x, weight=None, eps=1e-6):
+    unmodelled()
+    return x
+
+x = torch.randn(2, 8, device="npu")
+try:
+    prove(op, Kernel("rms_norm", "broken", broken, "a test", has_backward=False), op.bind(x=x))
+except KernelError as error:
+    print(error)
+""")
+    assert "npu:0 does not compute any more" in text
+    assert "LLM_ADAPT_OPS=rms_norm=reference" in text
