@@ -38,7 +38,7 @@ def averaged(original: Callable[..., Any], backend: str) -> Callable[..., Any]:
     def reduction(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         op, group = call.arguments.get("op"), call.arguments.get("group")
-        if op != dist.ReduceOp.AVG or backend not in dist.distributed_c10d.get_backend(group):
+        if op != dist.ReduceOp.AVG or backend not in _backend(group):
             return original(*args, **kwargs)
         call.arguments["op"] = dist.ReduceOp.SUM
         share = 1.0 / dist.get_world_size(group)
@@ -53,6 +53,13 @@ def averaged(original: Callable[..., Any], backend: str) -> Callable[..., Any]:
         return original(*call.args, **call.kwargs)
 
     return reduction
+
+
+def _backend(group: dist.ProcessGroup | None) -> str:
+    """The group's own backend: while patched, get_backend() says nccl."""
+    c10d = dist.distributed_c10d
+    found = c10d._world.pg_map.get(group or c10d._get_default_group())
+    return "" if found is None else found[0]
 
 
 def _check(tensor: torch.Tensor) -> torch.Tensor:

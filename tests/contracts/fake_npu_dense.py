@@ -21,16 +21,22 @@ def _floats(name: str, *tensors: torch.Tensor) -> None:
     demand(all(t.dtype in FLOATS for t in tensors), f"{name} takes float32, float16 and bfloat16")
 
 
+def _in_backward(y: torch.Tensor, holds: bool, message: str) -> None:
+    """Raise as demand does, when the gradient of a result arrives."""
+    if y.requires_grad:
+        y.register_hook(lambda gradient: demand(holds, message))
+
+
 def _norm_types(name: str, x: torch.Tensor, gamma: torch.Tensor) -> None:
     _floats(name, x, gamma)
     demand(gamma.dtype in (x.dtype, torch.float32), f"{name}: gamma {gamma.dtype} does not go with x {x.dtype}")
     demand(gamma.shape == x.shape[x.ndim - gamma.ndim :], f"{name}: gamma has not the trailing axes of x")
-    demand(2 <= x.ndim <= 8 and x.numel() > 0, f"{name} takes 2 to 8 axes and no empty tensor")
 
 
 def npu_rms_norm(input: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> Any:
     """y = x rstd gamma, and rstd in float32; y alone has a gradient."""
     _norm_types("npu_rms_norm", input, gamma)
+    demand(2 <= input.ndim <= 8, "npu_rms_norm takes 2 to 8 axes")
     x, axes = input.double(), tuple(range(-gamma.ndim, 0))
     rstd = (x.square().mean(axes, keepdim=True) + epsilon).rsqrt()
     return (x * rstd * gamma.double()).to(input.dtype), rstd.detach().float()
@@ -50,14 +56,33 @@ def npu_add_rms_norm(x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, ep
     """x = x1 + x2 in their dtype, y = rms_norm(x) gamma; returns y, rstd, x."""
     demand(x1.dtype == x2.dtype == gamma.dtype and x1.shape == x2.shape, "npu_add_rms_norm takes one dtype and shape")
     _norm_types("npu_add_rms_norm", x1, gamma)
+    demand(1 <= x1.ndim <= 8 and x1.numel() > 0, "npu_add_rms_norm takes 1 to 8 axes and no empty tensor")
     wide = x1.double() + x2.double()
     rstd = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return (wide * rstd * gamma.double()).to(x1.dtype), rstd.float(), wide.to(x1.dtype)
 
 
-# Broadcast axes of cos and sin for x of four axes: 11SD, B1SD|BNSD, 1S1D, BS1D|SB1D, S11D.
-_HALF = ({0, 1}, {1}, set(), {0, 2}, {2}, {1, 2})
-_INTERLEAVE = ({0, 1}, {0, 2}, {1, 2})
+# Layout of x of four axes: axes of batch and heads; axes of size 1 of the tables that half takes, and that interleave.
+_LAYOUTS = {
+    "BNSD": (0, 1, ({0, 1}, {1}, set()), ({0, 1},)),
+    "BSND": (0, 2, ({0, 2}, {2}, set()), ({0, 2},)),
+    "SBND": (1, 2, ({1, 2}, {2}, set()), ({1, 2},)),
+}
+
+
+def _batch_and_heads(x: torch.Tensor, table: torch.Tensor, mode: str) -> list[tuple[int, int]]:
+    """B and N of every documented layout that the shapes fit."""
+    if x.ndim == 3:
+        demand(table.shape[0] == x.shape[0], "x of three axes is TND, with tables T1D or TND")
+        demand(mode == "half" or table.shape[1] == 1, "interleave takes tables T1D")
+        return [(1, x.shape[1])]
+    found = []
+    for batch, heads, half, interleave in _LAYOUTS.values():
+        for ones in half if mode == "half" else interleave:
+            if all(table.shape[axis] == (1 if axis in ones else x.shape[axis]) for axis in range(3)):
+                found.append((x.shape[batch], x.shape[heads]))
+    demand(found != [], f"tables {list(table.shape)} fit no documented layout")
+    return found
 
 
 def _turned(x: torch.Tensor, mode: str) -> torch.Tensor:
@@ -77,18 +102,16 @@ def npu_rotary_mul(
     demand(size % 2 == 0 and size < 896, f"npu_rotary_mul takes an even head size below 896, not {size}")
     demand(r1.shape == r2.shape and r1.ndim == input.ndim and r1.shape[-1] == size, "cos and sin must have full D")
     demand(all(a in (1, b) for a, b in zip(r1.shape, input.shape, strict=True)), "cos and sin do not broadcast to x")
-    spread = {axis for axis in range(input.ndim - 1) if r1.shape[axis] == 1 and input.shape[axis] != 1}
-    allowed = _HALF if rotary_mode == "half" else _INTERLEAVE
-    if input.ndim == 4:
-        singles = {axis for axis in range(3) if r1.shape[axis] == 1}
-        demand(any(spread <= axes <= singles for axes in allowed), f"tables {list(r1.shape)} fit no documented layout")
-    else:
-        demand(input.ndim == 3 and r1.shape[0] == input.shape[0], "x of three axes is TND, with tables T1D or TND")
-        demand(rotary_mode == "half" or r1.shape[1] == 1, "interleave takes tables T1D")
-    demand(min(input.shape[-2], *input.shape[:-2][:2]) < 1000, "batch and heads must be below 1000")
+    sizes = _batch_and_heads(input, r1, rotary_mode)
+    sizes = [(b, n) for b, n in sizes if b < 1000 and n < 1000 and (rotary_mode == "half" or b * n < 1000)]
+    demand(sizes != [], "B and N must be below 1000, and B N too where pairs are interleaved")
     cos, sin = r1.to(input.dtype).double(), r2.to(input.dtype).double()
     x = input.double()
-    return (x * cos + _turned(x, rotary_mode) * sin).to(input.dtype)
+    y = (x * cos + _turned(x, rotary_mode) * sin).to(input.dtype)
+    if r1.requires_grad or r2.requires_grad:
+        fits = any(b * n <= 1024 for b, n in sizes)
+        _in_backward(y, fits, "B N must be at most 1024 where cos and sin need a gradient")
+    return y
 
 
 def npu_swiglu(input: torch.Tensor, dim: int) -> torch.Tensor:
@@ -168,15 +191,15 @@ def npu_cross_entropy_loss(
     demand(input.ndim == 2 and target.shape == input.shape[:1], "logits are [N, C] and targets [N]")
     demand(target.dtype == torch.int64 and input.shape[0] <= 200_000, "targets are int64, at most 200000")
     demand(lse_square_scale_for_zloss == 0.0 and not return_zloss, "zloss is not supported")
-    if input.requires_grad:
-        plain = weight is None and ignore_index == -100 and label_smoothing == 0.0
-        demand(reduction != "mean" or plain, "with a gradient 'mean' takes only the default weight, ignore_index ...")
-        demand(label_smoothing == 0.0, "with a gradient there is no label smoothing")
+    demand(ignore_index < input.shape[1], f"ignore_index={ignore_index} is not below C")
     logits = input.double()
     chosen = None if weight is None else weight.double()
     loss = F.cross_entropy(
         logits, target, chosen, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
+    plain = reduction != "mean" or (weight is None and ignore_index == -100)
+    _in_backward(loss, plain, "the gradient of 'mean' takes only the default weight and ignore_index")
+    _in_backward(loss, label_smoothing == 0.0, "there is no gradient of label smoothing")
     log_prob = logits.log_softmax(-1).detach().to(input.dtype)
     empty = input.new_empty(0)
     return (loss if reduction == "none" else loss.reshape(1)).to(input.dtype), log_prob, empty, empty

@@ -14,6 +14,10 @@ from tests.contracts.recording import demand
 NOT_WRITTEN = 12345.0  # rows beyond the groups, and products over no rows, hold anything
 
 
+def _is_transposed(tensor: torch.Tensor) -> bool:
+    return tensor.stride(-2) == 1 and tensor.stride(-1) == tensor.shape[-2]
+
+
 def npu_grouped_matmul(x: list[torch.Tensor], weight: list[torch.Tensor], group_list: Any, **a: Any) -> Any:
     """One product for each group: of rows [M, K] x [E, K, N] (type 0), or over rows [K, M] x [M, N] (type 2)."""
     given = {name for name, value in a.items() if value is not None and name not in ("bias",)}
@@ -23,18 +27,22 @@ def npu_grouped_matmul(x: list[torch.Tensor], weight: list[torch.Tensor], group_
         isinstance(group_list, torch.Tensor) and group_list.dtype == torch.int64, "group_list is int64 on the device"
     )
     demand(a["group_list_type"] in (0, 1) and a["split_item"] in (2, 3), "group_list_type 0 or 1, split_item 2 or 3")
+    demand(a["group_list_type"] == 0 or len(group_list) > 1, "counts may not be of length 1")
     left, right = x[0], weight[0]
     demand(left.dtype == right.dtype and max(left.shape[-1], right.shape[-1]) < 65536, "one dtype, inner axis < 65536")
     ends = group_list.cumsum(0).tolist() if a["group_list_type"] == 1 else group_list.tolist()
     ranges = list(zip([0, *ends[:-1]], ends, strict=True))
     if a["group_type"] == 0:
         demand(left.ndim == 2 and right.ndim == 3 and right.shape[0] == len(ranges), "x [M, K], weight [E, K, N]")
+        demand(left.is_contiguous() or not _is_transposed(left), "with group_type 0 x is no transposed view")
         y = torch.full((left.shape[0], right.shape[2]), NOT_WRITTEN, dtype=torch.float64)
         for index, (first, end) in enumerate(ranges):
             y[first:end] = left[first:end].double() @ right[index].double()
         return [y.to(left.dtype)]
     demand(a["group_type"] == 2, f"group_type={a['group_type']} is not faked")
     demand(left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0], "x [K, M], weight [M, N]")
+    demand(left.numel() == 0 or _is_transposed(left), "with group_type 2 x is a transposed view")
+    demand(right.is_contiguous() or not _is_transposed(right), "with group_type 2 weight is no transposed view")
     parts = [left[:, i:j].double() @ right[i:j].double() if j > i else None for i, j in ranges]
     nothing = torch.full((left.shape[0], right.shape[1]), NOT_WRITTEN, dtype=torch.float64)
     return [torch.stack([nothing if part is None else part for part in parts]).to(left.dtype)]
@@ -54,20 +62,26 @@ def _check_routing(name: str, rows: torch.Tensor, routing_map: Any, probs: Any, 
 
 
 class _Permutation(torch.autograd.Function):
-    """Rows and their probs from one operator: where either input needs a gradient, both results ask for one."""
+    """Rows and their probs from one operator: where either input needs a gradient, both results ask for one.
+
+    Backward reads the shape of the rows' gradient, also where a loss reached the probs alone and there is none.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, probs: Any, chosen: torch.Tensor, token: torch.Tensor) -> Any:
         ctx.save_for_backward(tokens, probs, chosen, token)
-        return tokens.index_select(0, token), tokens.new_empty(0) if probs is None else probs.t()[chosen]
+        ctx.set_materialize_grads(False)
+        return tokens.index_select(0, token), None if probs is None else probs.t()[chosen]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         tokens, probs, chosen, token = ctx.saved_tensors
+        if gradients[0] is None:
+            raise IndexError("Dimension specified as 1 but tensor has no dimensions")
         summed = torch.zeros_like(tokens, dtype=torch.float64).index_add(0, token, gradients[0].double())
-        of_probs = None if probs is None else torch.zeros_like(chosen, dtype=probs.dtype)
-        if of_probs is not None:
-            of_probs = of_probs.masked_scatter(chosen, gradients[1]).t()
+        of_probs = None
+        if gradients[1] is not None:
+            of_probs = torch.zeros_like(chosen, dtype=probs.dtype).masked_scatter(chosen, gradients[1]).t()
         return summed.to(tokens.dtype), of_probs, None, None
 
 
@@ -85,6 +99,19 @@ def npu_moe_token_permute_with_routing_map(tokens: torch.Tensor, routing_map: to
     return permuted, weights, token.argsort(stable=True).to(torch.int32)
 
 
+class _GradientIn(torch.autograd.Function):
+    """x, whose gradient is written in another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0].to(ctx.dtype).to(gradients[0].dtype), None
+
+
 def npu_moe_token_unpermute_with_routing_map(
     permuted_tokens: torch.Tensor, sorted_indices: torch.Tensor, restore_shape: list[int], **a: Any
 ) -> Any:
@@ -99,6 +126,7 @@ def npu_moe_token_unpermute_with_routing_map(
     _check_routing(name, permuted_tokens, a["routing_map"], probs, rows // tokens)
     picked = permuted_tokens.double()[sorted_indices.long()]
     if probs is not None:
+        probs = _GradientIn.apply(probs, permuted_tokens.dtype)
         picked = picked * probs.double().masked_select(a["routing_map"].bool())[:, None]
     return picked.reshape(tokens, -1, picked.shape[1]).sum(1).to(permuted_tokens.dtype)
 

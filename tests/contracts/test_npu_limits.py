@@ -62,6 +62,14 @@ ROWS = torch.arange(4, dtype=torch.int32)
             {"rotary_mode": "full"},
             "rotary_mode",
         ),
+        ("npu_rotary_mul", (draw(1, 1, 2000, 2), draw(1, 1, 1, 2), draw(1, 1, 1, 2)), {}, "below 1000"),
+        ("npu_rotary_mul", (draw(2, 1000, 2), draw(2, 1, 2), draw(2, 1, 2)), {}, "below 1000"),
+        (
+            "npu_rotary_mul",
+            (draw(10, 1, 100, 2), draw(1, 1, 1, 2), draw(1, 1, 1, 2)),
+            {"rotary_mode": "interleave"},
+            "B N too",
+        ),
         ("npu_swiglu", (draw(2, 5),), {}, "even along dim"),
         ("npu_swiglu", (draw(4, 2).t(),), {}, "contiguous"),
         ("npu_gelu", (draw(2),), {"approximate": "erf"}, "approximate='erf'"),
@@ -70,12 +78,7 @@ ROWS = torch.arange(4, dtype=torch.int32)
         ("npu_scaled_masked_softmax", (draw(1, 1, 32, 32), CAUSAL[None, None, :32, :32] | True), {}, "as a whole"),
         ("npu_scaled_masked_softmax", (draw(1, 32, 32), CAUSAL[None, :32, :32]), {}, "four axes"),
         ("npu_cross_entropy_loss", (draw(3, 5), torch.zeros(3, dtype=torch.int32)), {}, "int64"),
-        (
-            "npu_cross_entropy_loss",
-            (draw(3, 5).requires_grad_(), torch.zeros(3).long()),
-            {"ignore_index": 1},
-            "'mean' takes",
-        ),
+        ("npu_cross_entropy_loss", (draw(3, 5), torch.zeros(3).long()), {"ignore_index": 5}, "not below C"),
         ("npu_cross_entropy_loss", (draw(3, 5), torch.zeros(3).long()), {"return_zloss": True}, "zloss"),
         ("npu_dynamic_quant", (draw(3, 5),), {}, "float16 and bfloat16"),
         ("npu_moe_token_permute_with_routing_map", (draw(2, 4), TWO_OF), {"num_out_tokens": 3}, "is not T K"),
@@ -111,6 +114,34 @@ def test_documented_limits_are_errors(name: str, args: Any, kwargs: Any, message
     """Shapes, dtypes, layouts and masks that a document excludes are errors of the fake."""
     with pytest.raises(ContractError, match=message):
         call(name, *args, **kwargs)
+
+
+LEFT, GROUPS = draw(4, 6), torch.tensor([2, 4])
+INNER = {"group_type": 2, "split_item": 3, "group_list_type": 1}
+BY_ROWS = {"group_type": 0, "split_item": 2, "group_list_type": 1}
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "groups", "options", "message"),
+    [
+        (LEFT.t(), draw(2, 4, 3), GROUPS, BY_ROWS, "x is no transposed view"),
+        (LEFT.contiguous(), draw(6, 3), GROUPS, INNER, "x is a transposed view"),
+        (draw(6, 4).t(), draw(3, 6).t(), GROUPS, INNER, "weight is no transposed view"),
+        (draw(6, 4), draw(1, 4, 3), torch.tensor([6]), BY_ROWS, "length 1"),
+    ],
+)
+def test_grouped_products_have_rules(x: Any, weight: Any, groups: Any, options: Any, message: str) -> None:
+    """Which operand lies transposed is fixed for each kind of group, and one group is given by its end."""
+    with pytest.raises(ContractError, match=message):
+        call("npu_grouped_matmul", [x], [weight], group_list=groups, **options)
+
+
+def test_norms_take_what_the_real_ones_take() -> None:
+    """npu_rms_norm takes an empty tensor, npu_add_rms_norm one axis."""
+    assert call("npu_rms_norm", draw(0, 4), draw(4))[0].shape == (0, 4)
+    assert call("npu_add_rms_norm", draw(4), draw(4), draw(4))[0].shape == (4,)
+    with pytest.raises(ContractError, match="1 to 8 axes and no empty"):
+        call("npu_add_rms_norm", draw(0, 4), draw(0, 4), draw(4))
 
 
 def test_permutation_by_a_map_gives_the_documented_example() -> None:

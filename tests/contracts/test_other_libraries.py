@@ -176,6 +176,30 @@ def test_what_a_build_lacks_is_refused() -> None:
         assert flash.refuses(Case(op, 0, q.dtype, op.bind(q, q, q, **options)).call) == reason
 
 
+@pytest.mark.parametrize(
+    ("op", "module", "name"),
+    [
+        ("rms_norm", "apex.normalization.fused_layer_norm", "fused_rms_norm_affine"),
+        ("layer_norm", "apex.normalization.fused_layer_norm", "fused_layer_norm_affine"),
+        ("rope", "apex.transformer.functional", "fused_apply_rotary_pos_emb_cached"),
+        ("adamw", "amp_C", "multi_tensor_adam"),
+        ("adamw", "apex.multi_tensor_apply", "multi_tensor_applier"),
+        ("wgrad_accumulate", "fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32"),
+    ],
+)
+def test_a_build_of_apex_without_a_function_refuses(op: str, module: str, name: str) -> None:
+    """apex for a DCU has no fused_rms_norm: a function, a module or an extension that is not there is named."""
+    library, modules, vendor = LIBRARIES["apex"]
+    without = {m: {f: c for f, c in functions.items() if (m, f) != (module, name)} for m, functions in modules.items()}
+    with fake_vendor(library, modules, contracts(vendor)):
+        case = next(one for one in cases_of([op]) if not why_not(one.op.kernels[library], one))
+    with fake_vendor(library, without, contracts(vendor)):
+        assert why_not(case.op.kernels[library], case) == f"this build of apex has no {name} in {module}"
+    without.pop(module)
+    with fake_vendor(library, without, contracts(vendor)):
+        assert why_not(case.op.kernels[library], case).startswith(f"this build of apex has no {module}")
+
+
 def test_lightop_without_a_function_of_ours_fails_its_proof() -> None:
     """lightop knows nothing of autograd: its forward alone would leave the parameters without gradient."""
     with fake("lightop"):

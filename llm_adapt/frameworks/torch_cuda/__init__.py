@@ -23,7 +23,11 @@ def rows(context: Context) -> list[Row]:
     adapter, settings, report = context.adapter, context.settings, context.report
     if not adapter.needs_facade:
         report.add("patch", "torch.cuda", "left alone", f"{adapter.title} is torch.cuda")
-        return []
+        if settings.simulate is None:
+            return []
+        from llm_adapt.frameworks.torch_cuda.tooling import spawned_children
+
+        return [spawned_children(dataclasses.asdict(settings))]  # they must simulate the device before they import torch
     import torch
 
     from llm_adapt.frameworks.torch_cuda import (

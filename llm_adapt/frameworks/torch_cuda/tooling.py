@@ -22,12 +22,7 @@ def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str,
         child_arguments: patch() arguments with which a spawned child patches itself.
     """
     found: list[Row] = [
-        Patch(
-            "multiprocessing.spawn:get_preparation_data",
-            functools.partial(_prepare_child, child_arguments=child_arguments),
-            "spawned processes patch themselves before they import the script",
-            kind="wrap",
-        ),
+        spawned_children(child_arguments),
         Patch(
             "torch.utils.data.dataloader:DataLoader.__init__",
             functools.partial(_data_loader, translate=translate, report=report),
@@ -42,6 +37,16 @@ def rows(translate: DeviceTranslator, report: Report, child_arguments: dict[str,
         ),
     ]
     return found + (_optimizers() if translate.is_host else [])
+
+
+def spawned_children(child_arguments: dict[str, Any]) -> Row:
+    """Children that multiprocessing spawns patch themselves with these arguments of patch()."""
+    return Patch(
+        "multiprocessing.spawn:get_preparation_data",
+        functools.partial(_prepare_child, child_arguments=child_arguments),
+        "spawned processes patch themselves before they import the script",
+        kind="wrap",
+    )
 
 
 class PatchChild:

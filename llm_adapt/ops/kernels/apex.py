@@ -7,6 +7,7 @@ build lacks is asked for at the first use and refused then. Not run: tests/contr
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any, Literal
 
@@ -22,14 +23,26 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def _has(extension: str) -> bool:
-    """Whether a compiled part is there: apex builds those that were asked for."""
-    return importlib.util.find_spec(extension) is not None
+def _lacks(extension: str, module: str, *names: str) -> str | None:
+    """Why a call cannot be made: apex builds the extensions that were asked for, and builds differ in their functions.
+
+    Asked again for each kind of call; a module that is there is imported once.
+    """
+    if importlib.util.find_spec(extension) is None:
+        return f"this build of apex has no {extension}"
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        return f"this build of apex has no {module}: {error}"
+    absent = [name for name in names if not hasattr(found, name)]
+    return f"this build of apex has no {', '.join(absent)} in {module}" if absent else None
 
 
 def _norm_refuses(call: Call) -> str | None:
-    if not _has("fused_layer_norm_cuda"):
-        return "this build of apex has no fused_layer_norm_cuda"
+    name = f"fused_{call.op}" if call.weight is None else f"fused_{call.op}_affine"
+    lacking = _lacks("fused_layer_norm_cuda", "apex.normalization.fused_layer_norm", name)
+    if lacking:
+        return lacking
     dtypes = {tensor.dtype for tensor in call.tensors.values()}
     if len(dtypes) > 1 or call.x.dtype not in _FLOATS or 0 in call.x.shape:
         return "takes tensors of one dtype of 16 or 32 bits, and no empty tensors"
@@ -79,8 +92,10 @@ def layer_norm(
 
 
 def _rope_refuses(call: Call) -> str | None:
-    if not _has("fused_rotary_positional_embedding"):
-        return "this build of apex has no fused_rotary_positional_embedding"
+    name = "fused_apply_rotary_pos_emb_cached"
+    lacking = _lacks("fused_rotary_positional_embedding", "apex.transformer.functional", name)
+    if lacking:
+        return lacking
     if call.x.dtype not in _FLOATS or call.layout == "thd" or call.pairs != "half" or 0 in call.x.shape:
         return "takes half pairs of dense sequences, in 16 or 32 bits"
     if call.cos.ndim > 2:
@@ -115,8 +130,10 @@ def rope(
 
 
 def _adamw_refuses(call: Call) -> str | None:
-    if not _has("amp_C"):
-        return "this build of apex has no amp_C"
+    lacking = _lacks("amp_C", "amp_C", "multi_tensor_adam")
+    lacking = lacking or _lacks("amp_C", "apex.multi_tensor_apply", "multi_tensor_applier")
+    if lacking:
+        return lacking
     kinds: dict[str, set[torch.dtype]] = {}
     for name, tensor in call.tensors.items():
         kinds.setdefault(name.partition("[")[0], set()).add(tensor.dtype)
@@ -155,8 +172,10 @@ def adamw(
 
 
 def _wgrad_refuses(call: Call) -> str | None:
-    if not _has("fused_weight_gradient_mlp_cuda"):
-        return "this build of apex has no fused_weight_gradient_mlp_cuda"
+    extension = "fused_weight_gradient_mlp_cuda"
+    lacking = _lacks(extension, extension, _accumulates_in(call.main_grad.dtype))
+    if lacking:
+        return lacking
     if call.x.dtype not in _FLOATS or call.main_grad.dtype not in (torch.float32, call.x.dtype):
         return "takes x of 16 or 32 bits, and main_grad of float32 or the same"
     if 0 in call.x.shape or 0 in call.dy.shape or not call.main_grad.is_contiguous:
@@ -164,11 +183,16 @@ def _wgrad_refuses(call: Call) -> str | None:
     return None
 
 
+def _accumulates_in(dtype: torch.dtype) -> str:
+    """Name of the function for a main_grad of that dtype."""
+    return "wgrad_gemm_accum_fp32" if dtype == torch.float32 else "wgrad_gemm_accum_fp16"
+
+
 @kernel("wgrad_accumulate", "fused_weight_gradient_mlp_cuda of apex", refuses=_wgrad_refuses)
 def wgrad_accumulate(x: torch.Tensor, dy: torch.Tensor, main_grad: torch.Tensor) -> None:
     """wgrad_gemm_accum_fp32, or _fp16 for a main_grad of 16 bits."""
     import fused_weight_gradient_mlp_cuda as fused
 
-    function = fused.wgrad_gemm_accum_fp32 if main_grad.dtype == torch.float32 else fused.wgrad_gemm_accum_fp16
+    function = getattr(fused, _accumulates_in(main_grad.dtype))
     with torch.no_grad():
         function(x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous(), main_grad)

@@ -51,6 +51,8 @@ def scaled_masked_softmax(
 def _loss_refuses(call: Call) -> str | None:
     if call.reduction == "mean" and (call.class_weight or call.ignore_index != -100):
         return "has a gradient of the mean without class weights and with the usual ignore_index alone"
+    if call.ignore_index >= call.logits.shape[-1]:
+        return "takes an ignore_index below the number of classes"
     if call.logits.shape[:-1].numel() > 200_000:
         return "takes at most 200000 rows"
     return None

@@ -8,9 +8,11 @@ npu_moe_token_permute_with_routing_map and its reverse take tokens with the same
 calls with topk alone. Their rows stand as those of the ops do. Their sorted_indices are another thing: the row of the
 i-th (token, expert) pair counted by token, int32, where the ops say the token of a row; each is made from the other on
 the device. The reverse multiplies by probs, taken from the map in the order of the pairs, and its document does not
-say in which precision it sums: the proof on the device decides. drop_and_pad is left out: the document orders the
-tokens of an expert by an argsort that is neither said to be descending nor stable. npu_moe_token_permute serves
-nothing here: it asks for the experts of each token, which would have to be found from the map.
+say in which precision it sums: the proof on the device decides. Its gradient of probs has the dtype of the rows, and
+CANN's operator knows one dtype alone; so rows and probs of two dtypes are both widened. drop_and_pad is left out: the
+document orders the tokens of an expert by an argsort that is neither said to be descending nor stable.
+npu_moe_token_permute serves nothing here: it asks for the experts of each token, which would have to be found from the
+map.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from llm_adapt.ops.kernels.torch_npu.library import npu_kernel
 __all__ = ["grouped_gemm", "moe_permute", "moe_unpermute"]
 
 _ROWS, _INNER = 0, 2  # group_type: which axis is grouped
-_COUNTS = 1  # group_list_type: counts, not their cumulative sum
+_ENDS, _COUNTS = 0, 1  # group_list_type
 
 
 def _refuses(call: Call) -> str | None:
@@ -39,13 +41,15 @@ def _refuses(call: Call) -> str | None:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, group_type: int) -> torch.Tensor:
+    # Counts may not be of length 1, says the document; the only count is also the only end.
+    kind = _ENDS if counts.shape[0] == 1 else _COUNTS
     found: torch.Tensor = torch_npu.npu_grouped_matmul(
         [x],
         [weight],
         group_list=counts,
         split_item=2 if group_type == _ROWS else 3,
         group_type=group_type,
-        group_list_type=_COUNTS,
+        group_list_type=kind,
     )[0]
     return found
 
@@ -57,10 +61,15 @@ def _without_rest(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 class _GroupedGEMM(torch.autograd.Function):
-    """y = x @ weight[e]."""
+    """y = x @ weight[e].
+
+    Rows of x and dy must be contiguous: torch_npu takes no transposed x where rows are grouped, and for the gradient
+    of the weight x as a transposed view of contiguous memory and dy not transposed.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x, weight, counts)
         return _without_rest(_product(x, weight, counts, _ROWS), counts)
 
@@ -68,6 +77,7 @@ class _GroupedGEMM(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight, counts = ctx.saved_tensors
         dx = dw = None
+        dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
             dx = _without_rest(_product(dy, weight.transpose(1, 2), counts, _ROWS), counts)
         if ctx.needs_input_grad[1]:
@@ -95,19 +105,16 @@ def grouped_gemm(
 _EXACT = 16777215  # indices pass through float32
 
 
-def _refuses_routing(tokens: Any, call: Call) -> str | None:
-    """What both directions refuse; the row has the dtype of `tokens`."""
-    if call.topk is None:
-        return "takes only tokens with the same number of experts each: give topk where that is so"
-    probs = call.tensors.get("probs")
-    if probs and probs.dtype != tokens.dtype and (tokens.dtype, probs.dtype) != (torch.bfloat16, torch.float32):
-        return f"takes probs of the dtype of the rows, or float32 with bfloat16 rows; found {probs.dtype}"
-    return None
+_MIXED = (torch.bfloat16, torch.float32)  # the dtypes of tokens and probs that may differ
+_SAME_TOPK = "takes only tokens with the same number of experts each: give topk where that is so"
 
 
 def _permute_refuses(call: Call) -> str | None:
     tokens, experts = call.tokens.shape[0], call.routing_map.shape[1]
-    reason = _refuses_routing(call.tokens, call)
+    reason = None if call.topk is not None else _SAME_TOPK
+    probs = call.tensors.get("probs")
+    if reason is None and probs and probs.dtype != call.tokens.dtype and (call.tokens.dtype, probs.dtype) != _MIXED:
+        reason = f"takes probs of the dtype of the tokens, or float32 with bfloat16 tokens; found {probs.dtype}"
     if reason is None and not 0 < call.topk < 512:
         return "takes a topk of 1 to 511"
     if reason is None and max(call.topk * tokens, experts) >= _EXACT:
@@ -116,7 +123,7 @@ def _permute_refuses(call: Call) -> str | None:
 
 
 def _unpermute_refuses(call: Call) -> str | None:
-    reason = _refuses_routing(call.permuted, call)
+    reason = None if call.topk is not None else _SAME_TOPK
     if reason is None and not 0 < call.topk <= 512:
         return "takes a topk of 1 to 512"
     if reason is None and ("probs" in call.tensors) != ("routing_map" in call.tensors):
@@ -130,6 +137,23 @@ def _demand_rows(op: str, rows: int, tokens: int, topk: int) -> None:
         raise ValueError(
             f"{op}: topk={topk} of {tokens} tokens does not go with {rows} rows; leave it out where tokens are dropped."
         )
+
+
+class _BothReached(torch.autograd.Function):
+    """Two results of one operator as they are; in backward a gradient that is not there becomes zeros.
+
+    torch_npu reads the shape of the tokens' gradient without asking whether there is one: a loss of the probs alone
+    would end in an IndexError.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, permuted: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.mark_dirty(permuted, probs)  # nothing is written; returned so, they are no views
+        return permuted, probs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return gradients
 
 
 @npu_kernel(
@@ -153,7 +177,10 @@ def moe_permute(
     )
     token = torch.arange(num_out_tokens, device=tokens.device) // count
     indices = torch.empty_like(token).scatter(0, rows.to(torch.int64), token)
-    return permuted, None if probs is None else permuted_probs, indices
+    if probs is None:
+        return permuted, None, indices
+    permuted, permuted_probs = _BothReached.apply(permuted, permuted_probs)  # type: ignore[no-untyped-call]
+    return permuted, permuted_probs, indices
 
 
 @npu_kernel(
@@ -172,6 +199,10 @@ def moe_unpermute(
 ) -> torch.Tensor:
     """npu_moe_token_unpermute_with_routing_map; a stable sort of the tokens of the rows gives the row of each pair."""
     _demand_rows("moe_unpermute", permuted.shape[0], num_tokens, topk or 0)
+    dtype = permuted.dtype
+    if probs is not None and probs.dtype != dtype:
+        wide = torch.promote_types(dtype, probs.dtype)
+        permuted, probs = permuted.to(wide), probs.to(wide)
     y: torch.Tensor = torch_npu.npu_moe_token_unpermute_with_routing_map(
         permuted,
         sorted_indices.argsort(stable=True).to(torch.int32),
@@ -179,4 +210,4 @@ def moe_unpermute(
         probs=probs,
         routing_map=None if routing_map is None else routing_map.bool(),
     )
-    return y
+    return y.to(dtype)

@@ -2,6 +2,11 @@
 
 It ignores grad_scale and found_inf without a word, so both are left out here: calls that give them are served by
 others. One dtype for parameter, gradient and moments.
+
+op-plugin casts lr, both betas, eps and weight_decay to float32. That is AdamW of another beta2, by less than 2^-25,
+used for the moments and the bias correction alike: no error that grows, and far below what is chosen when 0.999 is
+written. It is allowed for in the tolerance of the op. A beta2 so near to 1 that the difference shows (0.9999 and a
+second moment of 0) fails the proof, and others serve.
 """
 
 from __future__ import annotations

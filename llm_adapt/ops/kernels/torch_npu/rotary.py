@@ -1,7 +1,9 @@
 """Rotary embedding of torch_npu: x cos + turned(x) sin, with tables as wide as what is rotated.
 
 npu_rotary_mul casts the tables to the dtype of x without a word; so where the op computes in float32 and the tables
-are float32, x is cast to them instead. B batch, H heads, D head size; letters of shapes as in llm_adapt/ops/rope.py.
+are float32, x is cast to them instead. Its gradients of the tables have a limit of their own, B H of at most 1024, past
+which its backward fails; nobody trains tables, so they are detached, and calls that want their gradients are refused.
+B batch, H heads, D head size; letters of shapes as in llm_adapt/ops/rope.py.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def _full(table: torch.Tensor, pairs: str) -> torch.Tensor:
     return table.repeat_interleave(2, -1) if pairs == "interleaved" else torch.cat([table, table], -1)
 
 
-@npu_kernel("rope", "npu_rotary_mul", refuses=_refuses)
+@npu_kernel("rope", "npu_rotary_mul", refuses=_refuses, no_gradient=frozenset({"cos", "sin"}))
 def rope(
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -58,6 +60,7 @@ def rope(
     inverse: bool = False,
 ) -> torch.Tensor:
     """npu_rotary_mul; pairs that are read and written differently are put in order before it or after it."""
+    cos, sin = cos.detach(), sin.detach()
     rows = table_rows(x, positions, cu_seqlens, layout)
     cos, sin = (beside(t if table == "full" else _full(t, pairs), rows, x, layout) for t in (cos, sin))
     width = cos.shape[-1]
