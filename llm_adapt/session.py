@@ -146,6 +146,7 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
         report.add("device", adapter.name, "activated", line)
     if settings.simulate is not None:
         simulators.install()
+        report.sources.append(_observed)
     coexistence.check_active(context)  # again: a plug-in may start a tool of its vendor
     versions = adapter.versions()
     report.versions = {name: "absent" for name in adapter.version_sources} | versions
@@ -174,6 +175,12 @@ def _simulated(settings: Settings, report: Report) -> Settings:
         )
     report.simulated = f"{simulation.text} ({simulation.simulator.title})"
     return replace(settings, device=name)
+
+
+def _observed() -> Iterator[Line]:
+    """What the simulator saw that would be worth knowing on hardware."""
+    for subject, choice, reason in simulators.observed():
+        yield Line("simulator", subject, choice, reason)
 
 
 def _policy(settings: Settings, adapter: DeviceAdapter) -> Any:

@@ -85,6 +85,7 @@ def _is_at_home(new: Any) -> bool:
     found: Any = sys.modules.get(module)
     for part in getattr(new, "__qualname__", "").split("."):
         found = getattr(found, "__dict__", {}).get(part)
+        found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
     return found is new
 
 

@@ -6,6 +6,16 @@ itself. What a green run is evidence of, and of what not, stands in docs/simulat
 """
 
 from llm_adapt.simulators.base import Simulator, SimulatorError
-from llm_adapt.simulators.start import SIMULATORS, Simulation, enter, install, parse, prepare
+from llm_adapt.simulators.start import SIMULATORS, Simulation, enter, install, observed, parse, prepare
 
-__all__ = ["SIMULATORS", "Simulation", "Simulator", "SimulatorError", "enter", "install", "parse", "prepare"]
+__all__ = [
+    "SIMULATORS",
+    "Simulation",
+    "Simulator",
+    "SimulatorError",
+    "enter",
+    "install",
+    "observed",
+    "parse",
+    "prepare",
+]

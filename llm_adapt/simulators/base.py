@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm_adapt.errors import LlmAdaptError
@@ -71,12 +71,14 @@ class Simulator:
         title: one line for people, e.g. "Ascend NPU: the real torch_npu over an emulated CANN".
         models: chips that can be simulated, in the vendor's spelling, and what each is.
         default_model: the one of them that is taken without a word.
-        plugin: distribution that must be there, "" when the simulator brings its own.
         libraries: what is to be built with a toolchain.
         enter: called before torch is imported with the folder of the built libraries and the model; returns the
             variables it wants set.
         install: called once torch and the plug-in are imported, with the folder.
-        models_meaning: what a model decides.
+        plugin: the vendor's package that it runs, "" when it brings its own.
+        plugin_requirement: that package with its version, as pip takes it.
+        unknown: what public sources do not tell of the device.
+        observed: asked for the report: (subject, choice, reason) of what would be worth knowing on hardware.
     """
 
     name: str
@@ -88,4 +90,5 @@ class Simulator:
     install: Callable[[Path], None]
     plugin: str = ""
     plugin_requirement: str = ""
-    unknown: tuple[str, ...] = field(default=())
+    unknown: tuple[str, ...] = ()
+    observed: Callable[[], Iterable[tuple[str, str, str]]] = tuple

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from llm_adapt.simulators.base import Simulator, SimulatorError
 from llm_adapt.simulators.build import build
 from llm_adapt.simulators.toolchain import find_toolchain, plugin_folder
 
-__all__ = ["SIMULATORS", "Simulation", "enter", "install", "parse", "prepare"]
+__all__ = ["SIMULATORS", "Simulation", "enter", "install", "observed", "parse", "prepare"]
 
 SIMULATORS = ("npu", "mlu", "dcu")
 
@@ -100,6 +101,11 @@ def enter(text: str) -> Simulation:
     os.environ.update(simulation.simulator.enter(folder, simulation.model))
     _entered = (simulation, folder)
     return simulation
+
+
+def observed() -> Iterable[tuple[str, str, str]]:
+    """What the simulator saw that would be worth knowing on hardware: (subject, choice, reason)."""
+    return () if _entered is None else _entered[0].simulator.observed()
 
 
 def install() -> None:

@@ -55,6 +55,18 @@ def test_a_replacement_that_is_everybodys_is_not_taken_for_a_copy(toy: ToyFinder
         assert (ops.norm is f, user.f is f) == (False, True)
 
 
+@pytest.mark.parametrize("kind", ["staticmethod", "classmethod"])
+def test_a_replacement_that_is_a_method_of_a_class_stays_there(toy: ToyFinder, kind: str) -> None:
+    """A vendor's namespace that is a class (torch.npu.mstx) keeps its functions at undo."""
+    with toys({"vendor": f"class Ranges:\n    @{kind}\n    def start(*args): return args"}):
+        ranges, ops = load("vendor").Ranges, load("toy.ops")
+        method = vars(ranges)["start"]
+        plan = applied(Patch("toy.ops:norm", method.__func__, "why"))
+        assert ops.norm is method.__func__
+        plan.undo()
+        assert vars(ranges)["start"] is method
+
+
 def test_one_replacement_for_two_originals_does_not_mix_them_up(toy: ToyFinder) -> None:
     """Each target gets its own original back."""
     ops = load("toy.ops")

@@ -71,3 +71,18 @@ except KernelError as error:
 """)
     assert "npu:0 does not compute any more" in text
     assert "LLM_ADAPT_OPS=rms_norm=reference" in text
+
+
+def test_the_report_counts_what_hardware_would_make_slow_or_large() -> None:
+    """Operators that the NPU leaves to the CPU, with their calls, and the buffers of each communicator."""
+    text = said("""
+import torch.distributed as dist
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+x = torch.eye(3, device="cuda")
+dist.all_reduce(x)
+torch.linalg.inv(x)
+print(llm_adapt.report().to_text())
+dist.destroy_process_group()
+""")
+    assert "simulator: aten::linalg_inv_ex: computed by the CPU - " in text
+    assert "400 MB of device memory" in text

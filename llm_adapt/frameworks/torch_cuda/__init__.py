@@ -27,7 +27,9 @@ def rows(context: Context) -> list[Row]:
             return []
         from llm_adapt.frameworks.torch_cuda.tooling import spawned_children
 
-        return [spawned_children(dataclasses.asdict(settings))]  # they must simulate the device before they import torch
+        return [
+            spawned_children(dataclasses.asdict(settings))
+        ]  # they must simulate the device before they import torch
     import torch
 
     from llm_adapt.frameworks.torch_cuda import (

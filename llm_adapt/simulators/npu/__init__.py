@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm_adapt.simulators.base import Library, Simulator, Toolchain
@@ -84,6 +85,25 @@ def _install(folder: Path) -> None:
         sys.path.remove(str(folder))
 
 
+def _observed() -> Iterator[tuple[str, str, str]]:
+    """Operators that the NPU leaves to the CPU, and the device memory that communicators take for their buffers."""
+    for name, calls in sorted(importlib.import_module(_KERNELS).fallback_counts().items()):
+        yield (
+            name,
+            "computed by the CPU",
+            f"{calls} calls; the NPU has no kernel: copies there and back, slow on hardware",
+        )
+    report = ctypes.CDLL("libhccl.so").npusim_hccl_report
+    report.restype = ctypes.c_char_p
+    for group in json.loads(report())["communicators"]:
+        size = f"{group['buffer_bytes'] >> 20} MB of device memory"
+        yield (
+            f"communicator {group['name']}",
+            size,
+            f"rank {group['rank']} of {group['ranks']}, {sum(group['calls'].values())} calls",
+        )
+
+
 SIMULATOR = Simulator(
     name="npu",
     title="Ascend NPU: the real torch_npu over an emulated CANN on host memory",
@@ -100,6 +120,7 @@ SIMULATOR = Simulator(
     libraries=_libraries,
     enter=_enter,
     install=_install,
+    observed=_observed,
     unknown=(
         "which dtypes, shapes and layouts a real kernel refuses beyond the documented limits",
         "accuracy, determinism, speed and memory use of real kernels",
