@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from llm_adapt.settings import SETTINGS
 from tests import ops_table
@@ -46,6 +50,33 @@ def test_readme_commands_are_targets_of_the_makefile():
     named = set(re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named <= targets
     assert {"train", "test"} <= named
+
+
+@pytest.fixture
+def devices_page() -> ModuleType:
+    """scripts/devices_page.py."""
+    spec = importlib.util.spec_from_file_location("devices_page", ROOT / "scripts" / "devices_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_devices_is_made_of_evidence(devices_page: ModuleType):
+    """docs/devices.md is what docs/evidence says; `python scripts/devices_page.py` writes it."""
+    assert devices_page.claims_without_evidence() == []
+    assert devices_page.PAGE.read_text(encoding="utf-8") == devices_page.page()
+
+
+def test_a_claim_without_evidence_is_found(devices_page: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """A device that README.md says yes of needs a file; a wrong call in a file is told."""
+    found = devices_page.evidence()
+    monkeypatch.setattr(devices_page, "evidence", lambda: [one for one in found if one["device"] != "npu"])
+    assert devices_page.claims_without_evidence() == ["Ascend NPU: no docs/evidence/ops_*.json"]
+    wrong = {**found[0], "rows": [{**found[0]["rows"][0], "wrong": 1, "reasons": ["off"]}]}
+    monkeypatch.setattr(devices_page, "evidence", lambda: [wrong, *found[1:]])
+    assert len(devices_page.claims_without_evidence()) == 1
 
 
 def test_the_table_of_operators_is_that_of_the_code():
