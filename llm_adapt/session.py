@@ -62,6 +62,7 @@ def patch(
     out: str | os.PathLike[str] | None = None,
     ops: str | os.PathLike[str] | None = None,
     proof: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Make this process run CUDA-written code on the device that is here.
 
@@ -77,6 +78,7 @@ def patch(
         out: folder that receives the report as JSON at unpatch() or the end of the process (LLM_ADAPT_OUT).
         ops: which kernel library serves which op, as text or the path of a TOML file (LLM_ADAPT_OPS; docs/ops.md).
         proof: when kernels are proved: "off", "first", "strict" or "sample:N" (LLM_ADAPT_PROOF).
+        cache: folder in which simulators are fetched and built (LLM_ADAPT_CACHE).
 
     Returns:
         The report: what was chosen, and why. It grows as the script imports and calls more.
@@ -89,7 +91,7 @@ def patch(
     """
     arguments: dict[str, Any] = {
         "device": device, "simulate": simulate, "strict": strict, "cpu_devices": cpu_devices, "out": out,
-        "ops": ops, "proof": proof,
+        "ops": ops, "proof": proof, "cache": cache,
     }  # fmt: skip
     with _lock:
         settings = _with_whole_paths(resolve(**arguments))
@@ -110,6 +112,8 @@ def _with_whole_paths(settings: Settings) -> Settings:
     """The settings with absolute paths: the script may change its folder."""
     if settings.out is not None:
         settings = replace(settings, out=os.path.abspath(settings.out))
+    if settings.cache is not None:
+        settings = replace(settings, cache=os.path.abspath(settings.cache))
     if settings.ops is not None and settings.ops.endswith(".toml"):
         settings = replace(settings, ops=os.path.abspath(settings.ops))
     return settings
@@ -166,6 +170,8 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
 def _simulated(settings: Settings, report: Report) -> Settings:
     """Turn this process into one of the simulated device, and say so before anything else."""
     assert settings.simulate is not None
+    if settings.cache is not None:
+        os.environ["LLM_ADAPT_CACHE"] = settings.cache
     simulation = simulators.enter(settings.simulate)
     name = simulation.simulator.name
     if settings.device not in (None, name):

@@ -30,6 +30,7 @@ class Settings:
     out: str | None = None
     ops: str | None = None
     proof: str = "first"
+    cache: str | None = None
 
 
 class Setting(NamedTuple):
@@ -95,6 +96,10 @@ SETTINGS: dict[str, Setting] = {
             "proof", _proof, "off, first, strict or sample:N",
             "When a kernel is proved against the reference: never, before it first serves, so with a failure as an "
             "error, or again at each N-th call.",
+        ),
+        Setting(
+            "cache", _text, "a folder",
+            "Where simulators are fetched and built; default: llm_adapt in XDG_CACHE_HOME or ~/.cache.",
         ),
     )
 }  # fmt: skip

@@ -109,13 +109,14 @@ def section(one: dict[str, Any]) -> Iterator[str]:
 
 
 def unknowns() -> Iterator[str]:
-    """What public sources do not tell; such paths raise."""
+    """What public sources do not tell, and what stands in its place."""
     sys.path.insert(0, str(ROOT))
     from llm_adapt import simulators
 
     yield "## Unknown"
     yield ""
-    yield "What public sources do not tell of each device. Nothing was invented in its place: such paths raise."
+    yield "What public sources do not tell of each device, or a simulator cannot show. A call that would need it"
+    yield "raises, unless the line says what is answered."
     for name in simulators.SIMULATORS:
         simulator = simulators.parse(name).simulator
         yield ""

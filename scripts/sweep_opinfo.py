@@ -181,6 +181,17 @@ def explain(findings: dict[str, Any], known: list[dict[str, str]]) -> tuple[list
     return unexpected, idle
 
 
+def compact(record: dict[str, Any]) -> str:
+    """JSON with a line for each operator: what deviates in full, of the rest the outcome."""
+    lines = {name: json.dumps(value) for name, value in record.items() if name != "operators"}
+    for name, columns in record["operators"].items():
+        short = {column: one["outcome"] if one["outcome"] in GOOD else one for column, one in columns.items()}
+        lines[name] = json.dumps(short)
+    head = [f'"{name}": {lines.pop(name)}' for name in ("device", "samples", "fallbacks")]
+    operators = ",\n".join(f" {json.dumps(name)}: {line}" for name, line in lines.items())
+    return "{" + ",\n".join([*head, '"operators": {']) + "\n" + operators + "\n}}\n"
+
+
 def _fits(entry: dict[str, str], name: str, column: str, finding: dict[str, Any]) -> bool:
     return (
         fnmatch(name, entry["operator"])
@@ -211,7 +222,7 @@ def main() -> int:
         record: dict[str, Any] = {"device": arguments.simulate, "samples": arguments.samples}
         record |= {"operators": findings, "fallbacks": fallbacks}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        out.write_text(compact(record), encoding="utf-8")
         out.with_suffix(".md").write_text(page(record), encoding="utf-8")
         print(f"written: {out} and {out.with_suffix('.md')}")
         for entry in idle:

@@ -87,7 +87,7 @@ VARIABLES = [
     ("CPU_DEVICE", "2", "Did you mean LLM_ADAPT_CPU_DEVICES?"),
     ("device", "cpu", "Unknown environment variable LLM_ADAPT_device"),
     ("", "1", "Unknown environment variable LLM_ADAPT_. "),
-    ("WHATEVER", "1", r"Known: LLM_ADAPT_CPU_DEVICES, LLM_ADAPT_DEVICE, .*LLM_ADAPT_STRICT"),
+    ("WHATEVER", "1", r"Known: LLM_ADAPT_CACHE, LLM_ADAPT_CPU_DEVICES, LLM_ADAPT_DEVICE, .*LLM_ADAPT_STRICT"),
 ]
 
 # command lines that make no sense

@@ -16,6 +16,7 @@ from llm_adapt.settings import SETTINGS, Settings, read_environment, resolve
 TEXTS = {
     "device": "npu",
     "simulate": "npu:Ascend910B3",
+    "cache": "built",
     "strict": "1",
     "cpu_devices": "8",
     "out": "runs/a",
@@ -25,6 +26,7 @@ TEXTS = {
 VALUES = {
     "device": "npu",
     "simulate": "npu:Ascend910B3",
+    "cache": "built",
     "strict": True,
     "cpu_devices": 8,
     "out": "runs/a",
@@ -59,7 +61,7 @@ def test_the_argument_wins_over_the_variable() -> None:
     """An argument is nearer to the user than a variable; None stands for no argument."""
     environ = {"LLM_ADAPT_DEVICE": "npu", "LLM_ADAPT_STRICT": "1"}
     assert resolve(environ, device="cpu", strict=False) == Settings(device="cpu", strict=False)
-    assert resolve(environ, device=None, strict=None) == Settings("npu", True)
+    assert resolve(environ, device=None, strict=None) == Settings(device="npu", strict=True)
 
 
 @pytest.mark.parametrize(("variable", "near"), [("LLM_ADAPT_DEVCE", "LLM_ADAPT_DEVICE"), ("LLM_ADAPT_ZZZ", None)])

@@ -19,6 +19,8 @@ __all__ = ["AUTOLOAD", "ActivationError", "activate", "explain", "spell_error"]
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch >= 2.5 loads each entry point of torch.backends unless "0"
 _CUDA_MASK = "CUDA_VISIBLE_DEVICES"
 
+_OF_TRACE = re.compile(r"frame #\d+:|Exception raised from ")  # torch's C++ errors carry their stack
+
 _GENERAL_FAILURES = (
     KnownFailure(
         r"undefined symbol: (\w+)",
@@ -187,9 +189,10 @@ def explain(text: str, known: Iterable[DeviceAdapter], host: Host) -> Finding:
     for failure in _GENERAL_FAILURES:
         if match := re.search(failure.pattern, text):
             return _as_finding(failure, match, "")
-    last = next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
+    said = (line for line in text.splitlines() if line.strip() and not _OF_TRACE.match(line))
+    last = list(said)[-1:] or ["no message"]
     mend = "If `import torch` fails without llm_adapt too, reinstall torch; else report this line."
-    return Finding(FindingKind.PLUGIN, f"not known to llm_adapt: {last.strip()}", mend)
+    return Finding(FindingKind.PLUGIN, f"not known to llm_adapt: {last[0].strip()}", mend)
 
 
 def _as_finding(failure: KnownFailure, match: re.Match[str], device: str) -> Finding:

@@ -53,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--simulate", metavar="NAME", help="a simulated npu, mlu or dcu on host memory; NAME:MODEL names the chip"
     )
+    parser.add_argument("--cache", metavar="DIR", help="where simulators are fetched and built (default: ~/.cache)")
     parser.add_argument("--nproc", type=_number(1, 1024), metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--nnodes", type=_number(1, 65536), default=1, metavar="N", help="machines in the job")
     parser.add_argument(
@@ -111,6 +112,8 @@ def _device(settings: Settings, requested_by: str) -> str:
         raise SettingsError(
             f"Device {settings.device} and the simulator {settings.simulate} were asked. Drop one of the two."
         )
+    if settings.cache is not None:
+        os.environ["LLM_ADAPT_CACHE"] = os.path.abspath(settings.cache)
     simulators.prepare(settings.simulate)
     return f"SIMULATED {simulation.text}: {simulation.simulator.title}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from llm_adapt.simulators.base import Library, Simulator, SimulatorError, Toolchain
 
-__all__ = ["build", "built_folder", "cache_folder"]
+__all__ = ["alone", "build", "built_folder", "cache_folder"]
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-w")
@@ -38,7 +39,8 @@ def cache_folder() -> Path:
 def built_folder(simulator: Simulator, toolchain: Toolchain) -> Path:
     """Folder of the libraries for this toolchain and these sources; it exists once they are built."""
     digest = hashlib.sha256()
-    for part in (toolchain.torch_version, toolchain.plugin_version, toolchain.compiler_version, sys.version, *_FLAGS):
+    # The libraries hold the path of torch: they are loaded before it, and must not bring another environment's.
+    for part in (*_tools(toolchain), str(toolchain.torch), toolchain.plugin_version):
         digest.update(part.encode() + b"\0")
     libraries = simulator.libraries(toolchain)
     sources = {source for library in libraries for source in library.sources}
@@ -49,22 +51,40 @@ def built_folder(simulator: Simulator, toolchain: Toolchain) -> Path:
     return cache_folder() / f"{simulator.name}-{digest.hexdigest()[:16]}"
 
 
+def _tools(toolchain: Toolchain) -> tuple[str, ...]:
+    """What every object depends on. A cache may be shared by machines of several architectures."""
+    return toolchain.torch_version, toolchain.compiler_version, sys.version, platform.machine(), *_FLAGS
+
+
 def build(simulator: Simulator, toolchain: Toolchain, say: Say) -> Path:
     """Build what is not there yet and return the folder.
 
     Raises:
-        SimulatorError: the compiler refused; with its first lines, and the file that has all of them.
+        SimulatorError: the compiler refused, with its first lines and the file that has all of them; the cache cannot
+            be written.
     """
     folder = built_folder(simulator, toolchain)
     if folder.is_dir():
         return folder
+    try:
+        _build(folder, simulator, toolchain, say)
+    except OSError as error:
+        raise SimulatorError(
+            f"The {simulator.name} simulator was to be built in {cache_folder()}; {error}. "
+            "Make room there, or name a folder that can be written with LLM_ADAPT_CACHE."
+        ) from error
+    return folder
+
+
+def _build(folder: Path, simulator: Simulator, toolchain: Toolchain, say: Say) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_suffix(".lock"), say):
+    with alone(folder.with_suffix(".lock"), say):
         if folder.is_dir():
-            return folder
+            return
         started = time.monotonic()
+        for left_by_a_killed_build in folder.parent.glob(f"{folder.name}.*[0-9]"):
+            shutil.rmtree(left_by_a_killed_build, ignore_errors=True)
         work = folder.with_name(folder.name + f".{os.getpid()}")
-        shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
             _Work(toolchain, work, say).run(simulator.libraries(toolchain))
@@ -72,17 +92,21 @@ def build(simulator: Simulator, toolchain: Toolchain, say: Say) -> Path:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         say(f"built the {simulator.name} simulator in {time.monotonic() - started:.0f} s: {folder}")
-    return folder
 
 
 @contextmanager
-def _alone(lock: Path, say: Say) -> Iterator[None]:
-    """One process builds; the others wait for it."""
+def alone(lock: Path, say: Say) -> Iterator[None]:
+    """Context that one process enters at a time; the others say that they wait for it.
+
+    Args:
+        lock: file that is locked, made where it is not there.
+        say: receives the line.
+    """
     with open(lock, "w", encoding="ascii") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is building the simulator; waiting for it")
+            say("another process prepares the simulator; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -120,24 +144,24 @@ class _Work:
             leftover.unlink()
 
     def _precompile(self) -> None:
-        """torch's headers, once for each torch and compiler."""
+        """torch's headers, once for each torch and compiler, whichever simulator comes first."""
         self.prelude = self.objects / f"prelude-{self._digest(_PRELUDE.read_bytes())}" / _PRELUDE.name
         made = self.prelude.with_name(_PRELUDE.name + ".gch")
-        if made.exists():
-            self.done += 1
-            return
         self.prelude.parent.mkdir(exist_ok=True)
-        shutil.copy(_PRELUDE, self.prelude)
-        unfinished = made.with_suffix(f".{os.getpid()}")
-        command = ["-x", "c++-header", *self._torch_includes(), str(self.prelude), "-o", str(unfinished)]
-        self._compile(command, "torch's headers")
-        unfinished.replace(made)
+        with alone(self.prelude.with_name("lock"), self.say):
+            if made.exists():
+                self.done += 1
+                return
+            shutil.copy(_PRELUDE, self.prelude)
+            unfinished = made.with_suffix(f".{os.getpid()}")
+            command = ["-x", "c++-header", *self._torch_includes(), str(self.prelude), "-o", str(unfinished)]
+            self._compile(command, "torch's headers")
+            unfinished.replace(made)
 
     def _digest(self, *parts: bytes) -> str:
         """Of these parts and all that every object depends on."""
-        tools = (self.toolchain.torch_version, self.toolchain.compiler_version, sys.version, *_FLAGS)
         digest = hashlib.sha256()
-        for part in (*(text.encode() for text in tools), *parts):
+        for part in (*(text.encode() for text in _tools(self.toolchain)), *parts):
             digest.update(part + b"\0")
         return digest.hexdigest()[:24]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +115,6 @@ def install() -> None:
     if _entered is not None:
         simulation, folder = _entered
         simulation.simulator.install(folder)
+        # torch's threads for backward may still let go of a graph when the script has ended. One that wants the
+        # interpreter's lock after Python has begun to end aborts the process; this lets them come first.
+        atexit.register(time.sleep, 0.05)

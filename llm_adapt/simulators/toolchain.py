@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 from llm_adapt.simulators.base import Simulator, SimulatorError, Toolchain
-from llm_adapt.simulators.build import cache_folder
+from llm_adapt.simulators.build import alone, cache_folder
 
 __all__ = ["find_toolchain", "plugin_folder"]
 
@@ -28,7 +30,8 @@ def find_toolchain(simulator: Simulator, say: Say, fetch: bool = True) -> Toolch
             its driver it would make `import torch` fail).
 
     Raises:
-        SimulatorError: no g++, no torch, no vendor package, or one for another torch; with what to do.
+        SimulatorError: no g++, no headers of Python, no torch, no vendor package, or one for another torch; with what
+            to do.
     """
     torch, torch_version = _package("torch", "torch")
     if torch is None:
@@ -42,6 +45,13 @@ def find_toolchain(simulator: Simulator, say: Say, fetch: bool = True) -> Toolch
             f"The {simulator.name} simulator was asked; it is compiled on first use and there is no g++ on PATH. "
             "Install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora, openEuler)."
         )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise SimulatorError(
+            f"The {simulator.name} simulator was asked; it is compiled on first use and {header} is not there. Install "
+            "the headers of this Python: apt install python3-dev (Debian, Ubuntu), dnf install python3-devel (Fedora, "
+            "openEuler)."
+        )
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     plugin, version = (None, "")
     if simulator.plugin:
@@ -51,8 +61,9 @@ def find_toolchain(simulator: Simulator, say: Say, fetch: bool = True) -> Toolch
 
 
 def plugin_folder(simulator: Simulator) -> Path:
-    """Folder for sys.path in which the vendor's package lies when the cache has it."""
-    return cache_folder() / simulator.plugin_requirement.replace("==", "-")
+    """Folder for sys.path in which the vendor's package lies when the cache has it: wheels fit one Python and CPU."""
+    fits = f"{sys.implementation.cache_tag}-{platform.machine()}"
+    return cache_folder() / f"{simulator.plugin_requirement.replace('==', '-')}-{fits}"
 
 
 def _package(name: str, distribution: str) -> tuple[Path | None, str]:
@@ -96,8 +107,35 @@ def _plugin(simulator: Simulator, torch_version: str, say: Say, fetch: bool) -> 
                 f"The {simulator.name} simulator was asked; {simulator.plugin_requirement} is neither installed nor in "
                 f"{folder}. Run: llm-adapt simulate build {simulator.name}"
             )
-        _fetch(simulator, folder, say)
+        _fetch_once(simulator, folder, say)
+    _check_copy(simulator, folder)
     return package, wanted
+
+
+def _check_copy(simulator: Simulator, folder: Path) -> None:
+    """A wheel may have been put into the cache by hand."""
+    wanted = simulator.plugin_requirement.partition("==")[2]
+    found = {one.version for one in importlib.metadata.distributions(name=simulator.plugin, path=[str(folder)])}
+    if found != {wanted}:
+        raise SimulatorError(
+            f"The {simulator.name} simulator was asked; it runs {simulator.plugin_requirement}, and {folder} has "
+            f"{', '.join(sorted(found)) or 'a package without a version'}. Delete the folder; the simulator fetches "
+            "its own."
+        )
+
+
+def _fetch_once(simulator: Simulator, folder: Path, say: Say) -> None:
+    """The ranks of a job start together, and one of them fetches."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(folder.with_name(folder.name + ".lock"), say):
+            if not folder.is_dir():
+                _fetch(simulator, folder, say)
+    except OSError as error:
+        raise SimulatorError(
+            f"{simulator.plugin_requirement} was to be fetched into {folder}; {error}. "
+            "Make room there, or name a folder that can be written with LLM_ADAPT_CACHE."
+        ) from error
 
 
 def _fetch(simulator: Simulator, folder: Path, say: Say) -> None:
@@ -105,7 +143,6 @@ def _fetch(simulator: Simulator, folder: Path, say: Say) -> None:
     say(f"fetching {simulator.plugin_requirement} into {folder}")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--target", str(unfinished), simulator.plugin_requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

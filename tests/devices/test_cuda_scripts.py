@@ -255,6 +255,14 @@ def test_fully_sharded_training() -> None:
     assert found[2] < found[1] < found[0]
 
 
+def test_integers_are_counted() -> None:
+    """histc of integers, by which mixture-of-experts code counts the tokens of each expert."""
+    experts = torch.tensor([0, 2, 2, 1, 2], device="cuda")
+    if experts.device.type == "cpu":
+        experts = experts.float()  # torch's CPU has none of integers, and such code asks for the device
+    assert torch.histc(experts, bins=3, min=0, max=2).tolist() == [1, 1, 3]
+
+
 def test_memory_is_counted() -> None:
     """What CUDA code asks of memory answers with numbers that move."""
     before = torch.cuda.memory_allocated()

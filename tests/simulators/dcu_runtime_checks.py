@@ -121,6 +121,20 @@ def streams() -> None:
 
 
 @check
+def a_stream_brings_its_device() -> None:
+    """set_stream and the context of a stream make the stream's device the current one, as torch.cuda does."""
+    other = torch.cuda.Stream(device=1)
+    with torch.cuda.stream(other):
+        assert torch.cuda.current_device() == 1
+        assert torch.ones(2, device="cuda").device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.cuda.set_stream(other)
+    assert torch.cuda.current_device() == 1
+    torch.cuda.set_stream(torch.cuda.default_stream(1))
+    torch.cuda.set_device(0)
+
+
+@check
 def events() -> None:
     """Events are points in time; elapsed_time wants two that are recorded and timed."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -60,6 +60,8 @@ def flash_attention() -> None:
         tmo.flash_attention(q[:, :3].contiguous(), k, v, None, None, None, None, None, 3, 6, 0.3, True)
     with pytest.raises(RuntimeError, match="int32"):
         tmo.flash_attention(*packed, None, starts.long(), starts, None, None, 6, 6, 0.3, True)
+    with pytest.raises(RuntimeError, match="max_seq_len_kv=5; a sequence has 6"):
+        tmo.flash_attention(*packed, None, starts, starts, None, None, 6, 5, 0.3, True)
 
 
 @check
@@ -72,6 +74,8 @@ def matrices() -> None:
     torch.testing.assert_close(y, torch.cat([a[:1] @ experts[0].t(), a[1:] @ experts[1].t()]))
     with pytest.raises(RuntimeError, match="m_list in int32"):
         tmo.group_gemm(a, experts, rows.long(), None, None, None, None, 3)
+    with pytest.raises(RuntimeError, match="max_m=2; an expert has 3"):
+        tmo.group_gemm(a, experts, rows, None, None, None, None, 2)
 
 
 @check

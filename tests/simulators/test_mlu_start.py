@@ -190,3 +190,32 @@ def test_the_vendor_s_kernels_are_proved_and_serve() -> None:
         "[ok] op: attention causal='top_left' bfloat16: torch_mlu",
         "[ok] op: rms_norm bfloat16: torch_mlu",
     ]
+
+
+MOVING = """
+import llm_adapt
+llm_adapt.patch(device="mlu")
+import torch
+from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+net = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4, bias=False)})
+net["head"].weight = weight = net["embed"].weight
+optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+for device in ("cuda", "cpu", "cuda"):
+    net.to(device)
+    assert net["embed"].weight is net["head"].weight is weight, device
+before = weight.detach().cpu()
+net["head"](net["embed"](torch.tensor([0, 1], device="cuda"))).sum().backward()
+optimizer.step()
+print(weight.device, torch.equal(weight.detach().cpu(), before))
+with torch.device("meta"):
+    empty = torch.nn.Linear(2, 2)
+print(empty.to_empty(device="cuda").weight.device)
+print(has_kernel("aten::_has_compatible_shallow_copy_type", "PrivateUse1"))
+llm_adapt.unpatch()
+print(net.cpu()["embed"].weight is weight)
+"""
+
+
+def test_a_moved_module_keeps_its_parameters() -> None:
+    """Module.to("cuda") leaves tied weights tied and known to the optimizer; torch alone makes new ones on an MLU."""
+    assert said(MOVING).splitlines() == ["mlu:0 False", "mlu:0", "False", "False"]

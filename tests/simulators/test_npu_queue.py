@@ -23,7 +23,7 @@ def outcome(call):
         return " ".join(str(error).split())
 
 def unmodelled():
-    torch_npu.npu_bmmV2(torch.ones(1, 2, 2).npu(), torch.ones(1, 2, 2).npu(), [])
+    torch_npu.npu_pad(torch.ones(2, 2).npu(), [1, 1, 1, 1])
 """
 
 
@@ -44,7 +44,7 @@ for call in (lambda: torch.ones(3).npu().cpu(), lambda: torch.ones(3, device="np
     print("after:", outcome(call))
 """)
     first, *later = text.split("after:")
-    assert "BatchMatMul" in first
+    assert "GE operator Pad" in first
     assert len(later) == 3
     assert all("failed in torch_npu's task queue" in line or "507899" in line for line in later), text
 
@@ -86,3 +86,25 @@ dist.destroy_process_group()
 """)
     assert "simulator: aten::linalg_inv_ex: computed by the CPU - " in text
     assert "400 MB of device memory" in text
+
+
+def test_no_event_is_waited_for_after_the_queue_has_stopped() -> None:
+    """torch_npu would never record it, and wait for that for ever: an error instead, and the process ends."""
+    text = said("""
+before = torch.npu.Event()
+before.record()
+torch.npu.synchronize()
+print(outcome(unmodelled))
+
+def record_and_wait():
+    event = torch.npu.Event()
+    event.record()
+    event.synchronize()
+
+for call in (record_and_wait, before.synchronize, lambda: torch.ones(3).pin_memory().npu(non_blocking=True)):
+    print("after:", outcome(call))
+""")
+    first, *later = text.split("after:")
+    assert "GE operator Pad" in first
+    assert len(later) == 3
+    assert all("failed in torch_npu's task queue" in line for line in later), text

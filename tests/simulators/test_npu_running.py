@@ -247,3 +247,27 @@ torch.ones(4).pin_memory().npu(non_blocking=True)
 """
     done = ran(code, TASK_QUEUE_ENABLE=queue)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_mask_hides_devices() -> None:
+    """ASCEND_RT_VISIBLE_DEVICES leaves the devices that it names; a spelling that is not documented is refused."""
+    code = "print(torch.npu.device_count()); torch.ones(1, device='npu:1'); torch.ones(1, device='npu:2')"
+    done = ran(code, ASCEND_RT_VISIBLE_DEVICES="2,5")
+    assert done.stdout.splitlines()[-1] == "2", done.stderr
+    assert "the simulator has 2 (NPU_SIM_DEVICES, ASCEND_RT_VISIBLE_DEVICES)" in done.stderr
+    for mask in ("5,2", "8"):
+        done = ran("torch.npu.device_count()", ASCEND_RT_VISIBLE_DEVICES=mask)
+        assert f'ASCEND_RT_VISIBLE_DEVICES="{mask}" was set; the NPU simulator takes ascending numbers' in done.stderr
+
+
+def test_memory_that_the_runtime_did_not_give() -> None:
+    """Giving back what was never taken fails: registered, reserved and mapped memory."""
+    calls = ("aclrtHostUnregister", "aclrtReleaseMemAddress", "aclrtUnmapMem", "aclrtFree", "aclrtFreeHost")
+    code = f"import ctypes\nrun = ctypes.CDLL('libascendcl.so')\nprint([run[n](ctypes.c_void_p(64)) for n in {calls}])"
+    assert ran(code).stdout.splitlines()[-1] == str([107000] * 5)
+
+
+def test_how_busy_a_device_is_is_not_invented() -> None:
+    """torch.npu.utilization has nothing to measure, and says so."""
+    done = ran("torch.npu.utilization()")
+    assert "does not model aclrtGetDeviceUtilizationRate" in done.stderr

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +18,10 @@ from llm_adapt import simulators
 from llm_adapt.cli.main import main
 from llm_adapt.errors import SettingsError
 from llm_adapt.report import Report
-from llm_adapt.simulators import SimulatorError
+from llm_adapt.simulators import SimulatorError, toolchain
 from llm_adapt.simulators.base import Library, Simulator, Toolchain
-from llm_adapt.simulators.build import build
-from llm_adapt.simulators.toolchain import find_toolchain
+from llm_adapt.simulators.build import build, built_folder
+from llm_adapt.simulators.toolchain import find_toolchain, plugin_folder
 
 NPU = simulators.parse("npu").simulator
 
@@ -88,6 +92,45 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         find_toolchain(NPU, print)
 
 
+def test_without_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Python.h: where it was looked for, and how to install it."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(SimulatorError, match=rf"{tmp_path}/Python\.h is not there.*apt install python3-dev"):
+        find_toolchain(NPU, print)
+
+
+def put_wheel(folder: Path, version: str) -> None:
+    """What pip makes of a wheel of torch_npu, as far as the simulator looks at it."""
+    (folder / "torch_npu").mkdir(parents=True)
+    (folder / f"torch_npu-{version}.dist-info").mkdir()
+    (folder / f"torch_npu-{version}.dist-info/METADATA").write_text(f"Name: torch_npu\nVersion: {version}\n")
+
+
+def test_another_wheel_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel that was copied into the cache by hand must be the one that the simulator was made for."""
+    monkeypatch.setenv("LLM_ADAPT_CACHE", str(tmp_path))
+    put_wheel(plugin_folder(NPU), "2.12.0")
+    with pytest.raises(SimulatorError, match=r"torch_npu==2\.13\.0, and .* has 2\.12\.0\. Delete the folder"):
+        find_toolchain(NPU, print)
+
+
+def test_ranks_that_start_together_fetch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first fetches the wheel; the others wait for it and take it."""
+    monkeypatch.setenv("LLM_ADAPT_CACHE", str(tmp_path))
+    fetched: list[Path] = []
+
+    def fetch(simulator: Simulator, folder: Path, say: object) -> None:
+        fetched.append(folder)
+        time.sleep(0.2)
+        put_wheel(folder, "2.13.0")
+
+    monkeypatch.setattr(toolchain, "_fetch", fetch)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: find_toolchain(NPU, lambda line: None).plugin, range(3)))
+    assert found == [plugin_folder(NPU) / "torch_npu"] * 3
+    assert len(fetched) == 1
+
+
 def test_with_another_torch() -> None:
     """The wheel of torch_npu fits one torch: which is there, which is needed, how to get it."""
     other = Simulator(**{**vars(NPU), "plugin_requirement": "torch_npu==2.12.0"})
@@ -136,6 +179,46 @@ def test_what_is_built_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert build(toy(tmp_path, "int one() { return 2; }"), a_toolchain(), said.append) != first
 
 
+def test_what_a_killed_build_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a build that was killed goes when the same is built again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    simulator = toy(tmp_path, "int one() { return 1; }")
+    left = built_folder(simulator, a_toolchain()).with_suffix(".4711")
+    left.mkdir(parents=True)
+    assert build(simulator, a_toolchain(), lambda line: None).is_dir()
+    assert not left.exists()
+
+
+def test_each_environment_has_its_own(tmp_path: Path) -> None:
+    """The libraries hold the path of the torch that they load: another environment's torch has others."""
+    simulator, here = toy(tmp_path, "int one() { return 1; }"), a_toolchain()
+    assert built_folder(simulator, here) == built_folder(simulator, a_toolchain())
+    assert built_folder(simulator, here) != built_folder(simulator, replace(here, torch=tmp_path / "torch"))
+
+
+def test_machines_that_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home directory may be shared by x86 and Arm hosts with the same versions of everything."""
+    simulator, here = toy(tmp_path, "int one() { return 1; }"), a_toolchain()
+    folders = set()
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        folders |= {built_folder(simulator, here), plugin_folder(NPU)}
+    assert len(folders) == 4
+    monkeypatch.setattr(sys.implementation, "cache_tag", "cpython-399")
+    assert plugin_folder(NPU) not in folders
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names the folder and the variable that names another."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLM_ADAPT_CACHE", str(tmp_path / "file"))
+    simulator = toy(tmp_path, "int one() { return 1; }")
+    with pytest.raises(SimulatorError, match=r"was to be built in .*file/simulators; .*LLM_ADAPT_CACHE"):
+        build(simulator, a_toolchain(), lambda line: None)
+    with pytest.raises(SimulatorError, match=r"was to be fetched into .*LLM_ADAPT_CACHE"):
+        find_toolchain(NPU, lambda line: None)
+
+
 def test_a_failed_build_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's own error, the file with the rest, and no folder that looks finished."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -144,6 +227,16 @@ def test_a_failed_build_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "nothing" in str(caught.value)
     left = [path.name for path in (tmp_path / "cache/llm_adapt/simulators").iterdir() if path.is_dir()]
     assert left == ["objects"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("NPU_SIM_HBM_GB", "abc"), ("NPU_SIM_HBM_GB", "0"), ("NPU_SIM_DEVICES", "17")]
+)
+def test_a_size_that_is_none_is_refused(name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of the simulator that is no number in its range is an error, not another number."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SimulatorError, match=f"{name}='{value}' was set; accepted: a number from"):
+        NPU.enter(tmp_path, "Ascend910B3")
 
 
 def test_the_report_says_it_first() -> None:

@@ -2,8 +2,8 @@
 
 CUDA and DCU need none. The rooms: devices (translation), tensors and tensor_types (entry points that take a
 device, and what a tensor says of its place), namespace (torch.cuda.*; host and vendor are its two answers),
-accelerator, availability (who is told that CUDA is there), amp, switches, serialization, distributed, tooling,
-compiler.
+accelerator, availability (who is told that CUDA is there), modules (a moved Parameter stays itself), amp, switches,
+serialization, distributed, tooling, compiler.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def rows(context: Context) -> list[Row]:
         devices,
         distributed,
         libraries,
+        modules,
         namespace,
         serialization,
         switches,
@@ -56,6 +57,7 @@ def rows(context: Context) -> list[Row]:
         *devices.rows(translate, is_told),
         *tensors.rows(translate, report),
         *tensor_types.rows(translate, is_told),
+        *modules.rows(translate),
         *namespace.rows(translate, report, is_told),
         *accelerator.rows(translate, report, is_told),
         *amp.rows(translate),

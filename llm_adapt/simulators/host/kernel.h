@@ -172,7 +172,16 @@ inline void Call::compute() {
       }
     }
   }
+  // CUDA and the vendors have histc of integers; torch's CPU kernel has not. Mixture-of-experts code counts with it.
+  std::optional<at::ScalarType> counted;
+  if (op_.schema().name() == "aten::histc" && c10::isIntegralType(argument(0).toTensor().scalar_type(), false)) {
+    counted = argument(0).toTensor().scalar_type();
+    argument(0) = argument(0).toTensor().to(at::kDouble);
+  }
   op_.callBoxed(stack_);
+  if (counted && op_.schema().overload_name().empty()) {
+    stack_->back() = stack_->back().toTensor().to(*counted);
+  }
 }
 
 inline void Call::report_written() {

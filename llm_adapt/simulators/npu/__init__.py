@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from llm_adapt.simulators.base import Library, Simulator, Toolchain
+from llm_adapt.simulators.base import Library, Simulator, SimulatorError, Toolchain
 
 __all__ = ["SIMULATOR"]
 
@@ -45,7 +45,7 @@ def _libraries(toolchain: Toolchain) -> tuple[Library, ...]:
     runtime = (*sorted(_HERE.glob("runtime_*.cpp")), _HERE / "operators_legacy.cpp")
     return (
         Library("libascendcl.so", runtime, cann, stubs_for=binaries, stubs_pattern=_WANTED),
-        Library("libacl_op_compiler.so", (_HERE / "compiler_options.cpp",), cann),
+        Library("libacl_op_compiler.so", (_HERE / "compiler_options.cpp",), cann, ("-lascendcl",)),
         Library(
             "libhccl.so",
             tuple(sorted(_HERE.glob("hccl*.cpp"))),
@@ -67,8 +67,22 @@ def _libraries(toolchain: Toolchain) -> tuple[Library, ...]:
     )
 
 
+def _check_number(name: str, least: float, most: float) -> None:
+    text = os.environ.get(name) or str(most)
+    try:
+        fits = least <= float(text) <= most
+    except ValueError:
+        fits = False
+    if not fits:
+        raise SimulatorError(
+            f"{name}={text!r} was set; accepted: a number from {least} to {most}. Correct or unset it."
+        )
+
+
 def _enter(folder: Path, model: str) -> Mapping[str, str]:
     """Load the emulated libraries: torch_npu then finds them under their names, wherever they lie."""
+    for name, least, most in (("NPU_SIM_DEVICES", 0, 16), ("NPU_SIM_HBM_GB", 1e-3, 1e5)):
+        _check_number(name, least, most)
     for name in ("libascendcl.so", "libacl_op_compiler.so", "libhccl.so", "libhcomm.so", *_EMPTY, "libopapi.so"):
         ctypes.CDLL(str(folder / name), mode=os.RTLD_GLOBAL | os.RTLD_NOW)
     return {"NPU_SIM_SOC": model}
@@ -125,6 +139,10 @@ SIMULATOR = Simulator(
         "which dtypes, shapes and layouts a real kernel refuses beyond the documented limits",
         "accuracy, determinism, speed and memory use of real kernels",
         "hazards between streams: a kernel here runs when it is launched",
-        "topology limits of HCCL; versions of CANN and driver",
+        "topology limits of HCCL: every device reaches every other here",
+        "versions of CANN and driver: NPU_SIM_CANN_VERSION and 25.5.0 are answered",
+        "cores and caches of each chip: 20 cubes, 40 vector cores, 6 AI CPUs and 192 MiB of L2 are answered for all",
+        "saturation on A1 and 310P, where inf becomes 65504 and NaN 0: numbers are IEEE on every chip here",
+        "what cos and sin outside of [-1, 1] give in npu_rotary_mul: the values are not looked at",
     ),
 )

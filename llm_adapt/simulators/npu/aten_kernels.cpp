@@ -27,6 +27,17 @@ class Npu : public host::HostDevice {
  public:
   Npu() : HostDevice(c10::DeviceType::PrivateUse1, "npu") {}
 
+  // A1 and 310P have no bfloat16: such tensors can be allocated and copied, but nothing is computed with them.
+  void check(const c10::OperatorHandle& op, host::Arguments arguments) override {
+    static const bool has_bfloat16 = family() != Family::kA1 && family() != Family::k310P;
+    if (has_bfloat16) return;
+    for (const c10::IValue& value : arguments) {
+      if (value.isTensor()) check_dtype(op, value.toTensor());
+      if (!value.isTensorList()) continue;
+      for (const at::Tensor& tensor : value.toTensorList()) check_dtype(op, tensor);
+    }
+  }
+
   void before(const c10::OperatorHandle& op, c10::Device where) override {
     // stream() waits for torch_npu's own task queue, stream_drain for collectives.
     const c10::DeviceGuard guard(where);  // the first use of a device makes its streams
@@ -64,6 +75,12 @@ class Npu : public host::HostDevice {
     described.storage_sizes_ = described.base_sizes_;
     described.origin_format_ = described.npu_format_ = ACL_FORMAT_ND;
     described.data_type_ = on_host.dtype();
+  }
+
+ private:
+  void check_dtype(const c10::OperatorHandle& op, const at::Tensor& tensor) {
+    TORCH_CHECK(!owns(tensor) || tensor.scalar_type() != at::kBFloat16, op.schema().name(), " was called with a ",
+                "bfloat16 tensor, which ", soc_name(), " does not support. Use float16 or float32.");
   }
 };
 

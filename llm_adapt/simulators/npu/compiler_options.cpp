@@ -4,13 +4,24 @@
 #include <mutex>
 #include <string>
 
-#define ACL_DEPRECATED_MESSAGE(text)
+#include "cann.h"
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
 
 namespace {
 std::mutex mutex;
 std::map<int, std::string> options;
+
+// What CANN says before anybody has set it. Operators are compiled for each shape on A1 and 310P, and for none later.
+std::string default_of(aclCompileOpt option) {
+  if (option != ACL_OP_JIT_COMPILE) return "";
+  const llm_adapt::Family family = llm_adapt::family();
+  return family == llm_adapt::Family::kA1 || family == llm_adapt::Family::k310P ? "enable" : "disable";
+}
+
+// Under the mutex.
+const std::string& value_of(aclCompileOpt option) { return options.try_emplace(option, default_of(option)).first->second; }
+
 std::map<int, int64_t> parameters;
 }  // namespace
 
@@ -24,12 +35,12 @@ EXPORT aclError aclSetCompileopt(aclCompileOpt option, const char* value) {
 
 EXPORT size_t aclGetCompileoptSize(aclCompileOpt option) {
   std::lock_guard<std::mutex> lock(mutex);
-  return options[option].size() + 1;
+  return value_of(option).size() + 1;
 }
 
 EXPORT aclError aclGetCompileopt(aclCompileOpt option, char* value, size_t room) {
   std::lock_guard<std::mutex> lock(mutex);
-  const std::string& found = options[option];
+  const std::string& found = value_of(option);
   if (found.size() + 1 > room) return ACL_ERROR_INVALID_PARAM;
   std::memcpy(value, found.c_str(), found.size() + 1);
   return ACL_SUCCESS;

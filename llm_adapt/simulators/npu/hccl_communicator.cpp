@@ -148,6 +148,7 @@ void Communicator::close() {
   auto idle = [this] { return tasks_.empty() && !busy_; };
   if (!changed_.wait_for(lock, kCloseGrace, idle)) {
     mesh_.cancel();
+    changed_.wait_for(lock, kCloseGrace, idle);  // the caller may free what the worker still writes to
   }
 }
 

@@ -9,13 +9,20 @@ namespace {
 
 void cast(const Tensor& input, int64_t, const Tensor& output) { store(output, input.to(output.scalar_type())); }
 
-void check_cast(const Tensor&, int64_t dtype, const Tensor& output) {
+void check_cast(const Tensor& input, int64_t dtype, const Tensor& output) {
+  check_no_bfloat16_on_older_chip(input, "the input");
+  check_no_bfloat16_on_older_chip(output, "the output");
   const at::ScalarType asked = scalar_type(static_cast<int>(dtype));
   check(asked == output.scalar_type(), asked, " was asked of an output of ", output.scalar_type());
 }
 
 // Between dtypes, strides and, as torch's copy_, shapes that broadcast.
 void inplace_copy(const Tensor& output, const Tensor& source) { output.copy_(source); }
+
+void check_inplace_copy(const Tensor& output, const Tensor& source) {
+  check_no_bfloat16_on_older_chip(output, "the output");
+  check_no_bfloat16_on_older_chip(source, "the source");
+}
 
 void make_complex(const Tensor& real, const Tensor& imaginary, const Tensor& output) {
   store(output, at::complex(real, imaginary));
@@ -81,7 +88,8 @@ ACLNN(aclnnConfusionTranspose, aclnn_transpose,
       input, order, sizes, transpose_first, output)
 ACLNN_CHECKED(aclnnCast, check_cast, cast, (const aclTensor* input, int dtype, const aclTensor* output), input, dtype,
               output)
-ACLNN(aclnnInplaceCopy, inplace_copy, (const aclTensor* output, const aclTensor* source), output, source)
+ACLNN_CHECKED(aclnnInplaceCopy, check_inplace_copy, inplace_copy, (const aclTensor* output, const aclTensor* source),
+              output, source)
 ACLNN(aclnnComplex, make_complex, (const aclTensor* real, const aclTensor* imaginary, const aclTensor* output), real,
       imaginary, output)
 ACLNN(aclnnInplaceOne, fill_one, (const aclTensor* output), output)

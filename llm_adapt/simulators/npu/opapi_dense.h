@@ -35,12 +35,16 @@ inline bool is_one_of(at::ScalarType dtype, std::initializer_list<at::ScalarType
 // Atlas A1 and 310P: float16 and float32 alone.
 inline bool is_older_chip() { return family() == Family::kA1 || family() == Family::k310P; }
 
+inline void check_no_bfloat16_on_older_chip(const Tensor& tensor, const char* name) {
+  check(!is_older_chip() || !tensor.defined() || tensor.scalar_type() != at::kBFloat16, name,
+        " is bfloat16, which ", soc_name(), " does not support");
+}
+
 // float32, float16, and bfloat16 where the chip has it.
 inline void check_floating(const Tensor& tensor, const char* name) {
   check(is_one_of(tensor.scalar_type(), {at::kFloat, at::kHalf, at::kBFloat16}), name,
         " must be float32, float16 or bfloat16, not ", tensor.scalar_type());
-  check(!is_older_chip() || tensor.scalar_type() != at::kBFloat16, name, " is bfloat16, which ", soc_name(),
-        " does not support");
+  check_no_bfloat16_on_older_chip(tensor, name);
 }
 
 inline void check_family(std::initializer_list<Family> allowed, const char* documented) {

@@ -21,6 +21,11 @@ Tensors on_host(const std::vector<LegacyTensor>& given) {
   return found;
 }
 
+void check_chip(const LegacyArguments& given) {
+  for (const Tensor& tensor : given.inputs) check_no_bfloat16_on_older_chip(tensor, "an input");
+  for (const Tensor& tensor : given.outputs) check_no_bfloat16_on_older_chip(tensor, "an output");
+}
+
 }  // namespace
 
 LegacyOperator::LegacyOperator(const char* name, Function function) { table()[name] = std::move(function); }
@@ -34,7 +39,9 @@ extern "C" NPUSIM_EXPORT llm_adapt::LegacyAnswer llm_adapt_legacy_operator(const
   if (found == table().end()) return llm_adapt::LegacyAnswer::kUnknown;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   try {
-    found->second({on_host(call.inputs), on_host(call.outputs), call.attributes});
+    const LegacyArguments given{on_host(call.inputs), on_host(call.outputs), call.attributes};
+    check_chip(given);
+    found->second(given);
   } catch (const std::exception& problem) {
     const std::string text = problem.what();
     *error = call.name + ": " + text.substr(0, text.find("\nException raised"));

@@ -2,6 +2,7 @@
 //
 // Sources of the limits: op-plugin documents of npu_rms_norm, npu_add_rms_norm, npu_gemma_rms_norm,
 // npu_add_rms_norm_cast; CANN ops-nn documents of the aclnn functions.
+#include "opapi_legacy.h"
 #include "opapi_norms.h"
 
 using namespace llm_adapt::opapi;
@@ -54,6 +55,19 @@ void check_rms_norm_grad(const Tensor& dy, const Tensor& x, const Tensor& rstd, 
   check(rstd.scalar_type() == at::kFloat, "rstd must be float32, not ", rstd.scalar_type());
 }
 
+// The same on chips with jit_compile.
+const LegacyOperator legacy_rms_norm("RmsNorm", [](const LegacyArguments& given) {
+  const Tensors &in = given.inputs, &out = given.outputs;
+  const double epsilon = given.attribute<double>("epsilon");
+  check_rms_norm(in[0], in[1], epsilon, out[0], out[1]);
+  rms_norm(in[0], in[1], epsilon, out[0], out[1]);
+});
+const LegacyOperator legacy_rms_norm_grad("RmsNormGrad", [](const LegacyArguments& given) {
+  const Tensors &in = given.inputs, &out = given.outputs;
+  check_rms_norm_grad(in[0], in[1], in[2], in[3], out[0], out[1]);
+  rms_norm_grad(in[0], in[1], in[2], in[3], out[0], out[1]);
+});
+
 // The sum is normed before it is rounded to the dtype of x.
 struct Sum {
   Tensor x, rstd, y;
@@ -93,6 +107,13 @@ void check_add_rms_norm(const Tensor& x1, const Tensor& x2, const Tensor& gamma,
                         const Tensor&) {
   check_sum(x1, x2, gamma);
 }
+
+const LegacyOperator legacy_add_rms_norm("AddRmsNorm", [](const LegacyArguments& given) {
+  const Tensors &in = given.inputs, &out = given.outputs;
+  const double epsilon = given.attribute<double>("epsilon");
+  check_add_rms_norm(in[0], in[1], in[2], epsilon, out[0], out[1], out[2]);
+  add_rms_norm(in[0], in[1], in[2], epsilon, out[0], out[1], out[2]);
+});
 
 // x1 becomes y, x2 becomes the sum.
 void add_rms_norm_inplace(const Tensor& x1, const Tensor& x2, const Tensor& gamma, double epsilon, const Tensor& rstd) {

@@ -5,7 +5,9 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "runtime_state.h"
 
@@ -20,15 +22,46 @@ std::atomic<bool> has_context[kMaxDevices];
 thread_local int this_device = -1;
 thread_local std::string recent_error;
 
+[[noreturn]] void refuse(const std::string& text) {
+  std::fprintf(stderr, "%s\n", text.c_str());
+  recent_error = text;
+  throw std::runtime_error(text);
+}
+
+// Numbers of the devices that ASCEND_RT_VISIBLE_DEVICES leaves; what CANN makes of another spelling is not known.
+std::vector<int> read_visible(int there) {
+  std::vector<int> visible;
+  const char* mask = std::getenv("ASCEND_RT_VISIBLE_DEVICES");
+  if (mask == nullptr) {
+    for (int device = 0; device < there; ++device) visible.push_back(device);
+    return visible;
+  }
+  std::istringstream parts(mask);
+  for (std::string part; std::getline(parts, part, ',');) {
+    char* end = nullptr;
+    const long device = std::strtol(part.c_str(), &end, 10);
+    const bool is_number = end != part.c_str() && *end == '\0';
+    if (!is_number || device < 0 || device >= there || (!visible.empty() && device <= visible.back())) {
+      refuse(std::string("ASCEND_RT_VISIBLE_DEVICES=\"") + mask + "\" was set; the NPU simulator takes ascending numbers" +
+             " below " + std::to_string(there) + " (NPU_SIM_DEVICES), separated by commas");
+    }
+    visible.push_back(static_cast<int>(device));
+  }
+  return visible;
+}
+
+const std::vector<int>& visible_devices() {
+  static const std::vector<int> visible =
+      read_visible(std::clamp(std::atoi(variable("NPU_SIM_DEVICES", "8")), 0, kMaxDevices));
+  return visible;
+}
+
 bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
 
 }  // namespace
 
 void not_modelled(const char* name) {
-  const std::string text = std::string("the NPU simulator of llm_adapt does not model ") + name;
-  std::fprintf(stderr, "%s\n", text.c_str());
-  recent_error = text;
-  throw std::runtime_error(text);
+  refuse(std::string("the NPU simulator of llm_adapt does not model ") + name);
 }
 
 int fail(int code, const std::string& text) {
@@ -41,10 +74,7 @@ const char* variable(const char* name, const char* otherwise) {
   return given != nullptr && *given != '\0' ? given : otherwise;
 }
 
-int device_count() {
-  static const int count = std::clamp(std::atoi(variable("NPU_SIM_DEVICES", "8")), 0, kMaxDevices);
-  return count;
-}
+int device_count() { return static_cast<int>(visible_devices().size()); }
 
 int current_device() { return this_device; }
 
@@ -90,7 +120,7 @@ NPUSIM_EXPORT aclError aclrtGetDeviceCount(uint32_t* count) {
 NPUSIM_EXPORT aclError aclrtSetDevice(int32_t device) {
   if (device < 0 || device >= device_count()) {
     return fail(kInvalidDevice, "EE1001: device " + std::to_string(device) + " was asked; the simulator has " +
-                                    std::to_string(device_count()) + " (NPU_SIM_DEVICES)");
+                                    std::to_string(device_count()) + " (NPU_SIM_DEVICES, ASCEND_RT_VISIBLE_DEVICES)");
   }
   this_device = device;
   has_context[device] = true;
@@ -128,7 +158,8 @@ NPUSIM_EXPORT aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t* flags, 
 }
 
 NPUSIM_EXPORT aclError aclrtGetLogicDevIdByUserDevId(int32_t user_device, int32_t* logic_device) {
-  *logic_device = user_device;
+  if (user_device < 0 || user_device >= device_count()) return kInvalidDevice;
+  *logic_device = visible_devices()[user_device];
   return ACL_SUCCESS;
 }
 
@@ -172,9 +203,9 @@ NPUSIM_EXPORT aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo, int64_t* 
   return ACL_SUCCESS;
 }
 
-NPUSIM_EXPORT aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* used) {
-  used->cubeUtilization = used->vectorUtilization = used->aicpuUtilization = used->memoryUtilization = 0;
-  return ACL_SUCCESS;
+// Looked up by name, so that the stubs do not have it.
+NPUSIM_EXPORT aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo*) {
+  not_modelled("aclrtGetDeviceUtilizationRate");
 }
 
 NPUSIM_EXPORT aclError aclGetCannAttributeList(const aclCannAttr** attributes, size_t* count) {

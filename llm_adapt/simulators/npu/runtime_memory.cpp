@@ -132,7 +132,9 @@ NPUSIM_EXPORT aclError aclrtHostRegisterV2(void* pointer, uint64_t bytes, uint32
 
 NPUSIM_EXPORT aclError aclrtHostUnregister(void* pointer) {
   std::lock_guard<std::mutex> lock(mutex);
-  host_blocks.erase(static_cast<char*>(pointer));
+  if (host_blocks.erase(static_cast<char*>(pointer)) == 0) {
+    return fail(kInvalidParameter, "aclrtHostUnregister of what aclrtHostRegister did not get");
+  }
   return ACL_SUCCESS;
 }
 
@@ -200,8 +202,12 @@ NPUSIM_EXPORT aclError aclrtReserveMemAddress(void** pointer, size_t bytes, size
 
 NPUSIM_EXPORT aclError aclrtReleaseMemAddress(void* pointer) {
   std::lock_guard<std::mutex> lock(mutex);
-  munmap(pointer, reserved[pointer]);
-  reserved.erase(pointer);
+  const auto found = reserved.find(pointer);
+  if (found == reserved.end()) {
+    return fail(kInvalidParameter, "aclrtReleaseMemAddress of what aclrtReserveMemAddress did not give");
+  }
+  munmap(pointer, found->second);
+  reserved.erase(found);
   return ACL_SUCCESS;
 }
 
@@ -212,6 +218,7 @@ NPUSIM_EXPORT aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t byt
   const int file = memfd_create("llm_adapt_npu", 0);
   if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) {
     used[device] -= static_cast<long>(bytes);
+    if (file >= 0) close(file);
     return fail(kOutOfMemory, "the host has no memory left for the simulated device");
   }
   *handle = reinterpret_cast<aclrtDrvMemHandle>(new Physical{file, bytes, device});
@@ -241,8 +248,10 @@ NPUSIM_EXPORT aclError aclrtMapMem(void* pointer, size_t bytes, size_t offset, a
 
 NPUSIM_EXPORT aclError aclrtUnmapMem(void* pointer) {
   std::lock_guard<std::mutex> lock(mutex);
-  mmap(pointer, mapped[pointer], PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
-  mapped.erase(pointer);
+  const auto found = mapped.find(pointer);
+  if (found == mapped.end()) return fail(kInvalidParameter, "aclrtUnmapMem of what aclrtMapMem did not map");
+  mmap(pointer, found->second, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+  mapped.erase(found);
   device_blocks.erase(static_cast<char*>(pointer));
   return ACL_SUCCESS;
 }

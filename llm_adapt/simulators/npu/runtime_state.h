@@ -24,7 +24,7 @@ struct Stream {
   Completions outstanding;
 };
 
-int device_count();                // NPU_SIM_DEVICES, default 8
+int device_count();                // NPU_SIM_DEVICES, default 8, less what ASCEND_RT_VISIBLE_DEVICES hides
 int current_device();              // -1 before aclrtSetDevice
 long memory_limit();               // NPU_SIM_HBM_GB, default 64, in bytes
 Stream* stream_of(aclrtStream stream);

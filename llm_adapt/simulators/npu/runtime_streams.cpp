@@ -38,6 +38,12 @@ bool exists(aclrtEvent handle) {
   return events.count(static_cast<Event*>(handle)) > 0;
 }
 
+// Why nothing may go on, as the caller's error; ACL_SUCCESS while all is well.
+int queue_refusal() {
+  const std::string refused = queue_error();
+  return refused.empty() ? ACL_SUCCESS : fail(kAsyncFailure, refused);
+}
+
 int no_such_event() { return fail(kInvalidParameter, "an event was used that does not exist, or has been destroyed"); }
 
 Stream* new_stream(int device) {
@@ -144,8 +150,7 @@ void stream_add(void* handle, std::shared_ptr<Completion> work) {
 
 // An error stays on its stream until somebody has been told.
 int stream_drain(void* handle) {
-  const std::string refused = queue_error();
-  if (!refused.empty()) return fail(kAsyncFailure, refused);
+  if (const int refused = queue_refusal()) return refused;
   Stream* stream = stream_of(handle);
   const Completions work = stream_pending(stream);
   if (work.empty()) return ACL_SUCCESS;
@@ -208,7 +213,11 @@ NPUSIM_EXPORT aclError aclrtSynchronizeDevice() {
 
 NPUSIM_EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return aclrtSynchronizeDevice(); }
 
-NPUSIM_EXPORT aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t) {
+// After a failure in the queue torch_npu never records an event, and its synchronize would wait for that for ever.
+// Those of its allocators are made, though: nobody waits for them, and they are made where nothing may be thrown.
+NPUSIM_EXPORT aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) {
+  const int refused = queue_refusal();
+  if (refused != ACL_SUCCESS && flag != ACL_EVENT_CAPTURE_STREAM_PROGRESS) return refused;
   auto* made = new Event;
   std::lock_guard<std::mutex> lock(events_mutex);
   events.insert(made);
@@ -260,6 +269,7 @@ NPUSIM_EXPORT aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handl
 
 NPUSIM_EXPORT aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   if (!exists(handle)) return no_such_event();
+  if (const int refused = queue_refusal()) return refused;
   auto* event = static_cast<Event*>(handle);
   Completions before;
   {
@@ -295,6 +305,7 @@ NPUSIM_EXPORT aclError aclrtEventElapsedTime(float* ms, aclrtEvent start, aclrtE
 }
 
 NPUSIM_EXPORT aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t* microseconds) {
+  if (!exists(event)) return no_such_event();
   *microseconds = static_cast<uint64_t>(static_cast<Event*>(event)->recorded_ms * 1000);
   return ACL_SUCCESS;
 }

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from llm_adapt.ops.attention_parts.lse_gradient import with_gradient
 from llm_adapt.ops.attention_parts.places import dense_places
 from llm_adapt.ops.dispatch import Call
-from llm_adapt.ops.kernels.torch_npu.library import npu_kernel
+from llm_adapt.ops.kernels.torch_npu.library import chip_family, npu_kernel
 from llm_adapt.ops.kernels.torch_npu.sequences import packing
 
 __all__ = ["attention", "compressed_mask"]
@@ -163,8 +163,13 @@ def _masked(mask: torch.Tensor, causal: str, left: int, right: int, sizes: tuple
 
 
 def _version(options: dict[str, Any]) -> Callable[..., Any]:
-    """The second version where there is a bias, which the first would multiply by the scale. Renames its options."""
-    if "pse" not in options:
+    """The second version where there is a bias, which the first would multiply by the scale. Renames its options.
+
+    Also for sinks on Ascend950, where the first does not pass them on (op-plugin 517f2e7d).
+    """
+    sinks = options["sink"]
+    drops_sinks = sinks is not None and sinks.device.type == "npu" and chip_family() == "A5"
+    if "pse" not in options and not drops_sinks:
         return torch_npu.npu_fusion_attention  # type: ignore[no-any-return]
     for name in ("pre_tockens", "next_tockens"):
         if name in options:

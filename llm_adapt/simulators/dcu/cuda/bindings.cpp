@@ -81,8 +81,11 @@ void bind_streams(py::module_& module) {
   module.def("new_stream", [](c10::DeviceIndex device, int priority) {
     return parts_of(guard().getNewStream(whole(device), priority));
   });
+  // As THCPModule_setStream_wrap: the stream's device becomes the current one.
   module.def("set_stream", [](c10::StreamId id, c10::DeviceIndex device) {
-    guard().exchangeStream(c10::Stream(c10::Stream::UNSAFE, whole(device), id));
+    const c10::Device where = whole(device);
+    guard().setDevice(where);
+    guard().exchangeStream(c10::Stream(c10::Stream::UNSAFE, where, id));
   });
   module.def("stream_priority", &stream_priority);
   // An event's id is the address that the guard gave it; 0 before it is recorded.

@@ -64,12 +64,22 @@ def flash_attention(
     if cu_seq_lens_q is not None:
         if cu_seq_lens_kv is None or torch.int32 not in {cu_seq_lens_q.dtype} & {cu_seq_lens_kv.dtype}:
             raise RuntimeError("torch_mlu_ops.flash_attention takes both cu_seq_lens, in int32.")
+        _check_longest(cu_seq_lens_q, max_seq_len_q, "q")
+        _check_longest(cu_seq_lens_kv, max_seq_len_kv, "kv")
         y, lse = _packed(q, k, v, cu_seq_lens_q.tolist(), cu_seq_lens_kv.tolist(), softmax_scale, is_causal)
     else:
         pairs = [_one(*sequence, softmax_scale, is_causal) for sequence in zip(q, k, v, strict=True)]
         y, lse = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
     y = y.to(q.dtype) if out is None else out.copy_(y)
     return (y, lse) if return_lse else y
+
+
+def _check_longest(cu_seq_lens: torch.Tensor, max_seq_len: int, name: str) -> None:
+    longest = int(cu_seq_lens.diff().max())
+    if longest > max_seq_len:
+        raise RuntimeError(
+            f"torch_mlu_ops.flash_attention was asked with max_seq_len_{name}={max_seq_len}; a sequence has {longest}."
+        )
 
 
 def _packed(

@@ -43,5 +43,7 @@ def group_gemm(
     check_tensors("group_gemm", 2, a, b)
     if m_list.dtype != torch.int32:
         raise RuntimeError(f"torch_mlu_ops.group_gemm takes m_list in int32; {m_list.dtype} was given.")
+    if m_list.numel() > 0 and int(m_list.max()) > max_m:
+        raise RuntimeError(f"torch_mlu_ops.group_gemm was asked with max_m={max_m}; an expert has {int(m_list.max())}.")
     parts = a.float().split(m_list.tolist())
     return torch.cat([part @ weight.t() for part, weight in zip(parts, b.float(), strict=True)]).to(a.dtype)
