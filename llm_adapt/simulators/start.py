@@ -35,6 +35,7 @@ class Simulation:
 
 
 _entered: tuple[Simulation, Path] | None = None
+_installed = False
 
 
 def parse(text: str) -> Simulation:
@@ -111,8 +112,10 @@ def observed() -> Iterable[tuple[str, str, str]]:
 
 
 def install() -> None:
-    """Finish what `enter` began, once torch and the plug-in are imported."""
-    if _entered is not None:
+    """Finish what `enter` began, once torch and the plug-in are imported; a second call does nothing."""
+    global _installed
+    if _entered is not None and not _installed:
+        _installed = True
         simulation, folder = _entered
         simulation.simulator.install(folder)
         # torch's threads for backward may still let go of a graph when the script has ended. One that wants the

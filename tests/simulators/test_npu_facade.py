@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -44,17 +45,29 @@ def test_a_stream_is_found_again_by_its_handle() -> None:
     assert torch.cuda.ExternalStream(stream.cuda_stream, "cuda:0").cuda_stream == stream.cuda_stream
 
 
+COMPILED = """
+import llm_adapt
+llm_adapt.patch(simulate="npu")
+import torch
+
+def step(x):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = x + 1
+    torch.cuda.current_stream().wait_stream(stream)
+    return y
+
+print(torch.compile(step, backend="eager")(torch.ones(2, device="cuda")).tolist())
+"""
+
+
 def test_streams_in_compiled_code() -> None:
-    """torch.compile traces the making and waiting of streams."""
+    """torch.compile traces the making and waiting of streams: in a process that is patched once, as scripts are.
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        stream: Any = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            y = x + 1
-        torch.cuda.current_stream().wait_stream(stream)
-        return y
-
-    assert torch.compile(step, backend="eager")(torch.ones(2, device="cuda")).tolist() == [2, 2]
+    The compiler keeps the class of contexts that it saw first, so after unpatch() and a second patch() it knows another.
+    """
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout.splitlines()[-1:] == ["[2.0, 2.0]"], done.stderr[-3000:]
 
 
 def test_storages_are_on_cuda() -> None:
