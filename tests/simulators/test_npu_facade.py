@@ -64,7 +64,7 @@ print(torch.compile(step, backend="eager")(torch.ones(2, device="cuda")).tolist(
 def test_streams_in_compiled_code() -> None:
     """torch.compile traces the making and waiting of streams: in a process that is patched once, as scripts are.
 
-    The compiler keeps the class of contexts that it saw first, so after unpatch() and a second patch() it knows another.
+    The compiler keeps the class of contexts that it saw first: after unpatch() and a second patch() it is another.
     """
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, timeout=200)
     assert done.stdout.splitlines()[-1:] == ["[2.0, 2.0]"], done.stderr[-3000:]
