@@ -71,9 +71,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Run the command."""
-    dtypes = [parse_dtype(text) for text in args.dtype or ("float32", "bfloat16")]
     rows: list[Timing] = []
-    with patched(device=args.device, ops=args.ops), warnings.catch_warnings():
+    with patched(device=args.device, ops=args.ops) as report, warnings.catch_warnings():
+        dtypes = [parse_dtype(text) for text in args.dtype or ("float32", "bfloat16")]
         warnings.simplefilter("ignore", RuntimeWarning)  # a quarantine: such a kernel is not timed, and listed below
         from llm_adapt.ops.dispatch.registry import all_ops
 
@@ -87,6 +87,8 @@ def run_bench(args: argparse.Namespace) -> int:
                     print(f"  {op.name} {size} {dtype}", file=sys.stderr, flush=True)
                     rows += _timings(op, size, shape, dtype, 0.05 if args.quick else 0.5)
         device = current_adapter().title
+        if report.simulated:
+            device += f", SIMULATED as {report.simulated}: the times say nothing of hardware"
     render.table(f"Operators on {device}", _COLUMNS, [_cells(row) for row in rows])
     if args.out is not None:
         _write(rows, device, args.out)

@@ -69,11 +69,14 @@ def examine(host: Host, requested: str | None, start: Callable[[str], Start] | N
 
 def _settings(host: Host) -> list[Finding]:
     try:
-        read_environment(host.environ)
+        simulate = read_environment(host.environ).simulate
     except SettingsError as error:
         mend = "Correct or unset it: patch() and the other commands refuse to start."
         return [Finding(FindingKind.ENVIRONMENT, str(error), mend)]
-    return []
+    if simulate is None:
+        return []
+    what = f"LLM_ADAPT_SIMULATE={simulate}: patch() and the other commands run on that simulated device."
+    return [Finding(FindingKind.NOTE, what, "Unset it to run on the device chosen above.")]
 
 
 def _hidden_devices(

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from llm_adapt.cli import render
 from llm_adapt.errors import KernelError, SettingsError
+from llm_adapt.report import Report
 from llm_adapt.session import current_adapter, patched
+from llm_adapt.session import report as current_report
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +78,7 @@ def run_ops(args: argparse.Namespace) -> int:
     """Run the command: one row for each op and dtype."""
     dtypes = args.dtype or ["float32", "bfloat16"]
     rows = []
-    with _session(args):
+    with _session(args) as report:
         from llm_adapt.ops.dispatch.registry import all_ops
 
         for op in all_ops().values():
@@ -87,15 +89,16 @@ def run_ops(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     table = [(row["op"], row["dtype"], row["serves"], _others(row)) for row in rows]
-    render.table("Who serves each operator on this machine", ("op", "dtype", "serves", "others"), table)
+    where = f"on {report.simulated}, SIMULATED" if report.simulated else "on this machine"
+    render.table(f"Who serves each operator {where}", ("op", "dtype", "serves", "others"), table)
     return 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """Run the command: one row for each library."""
-    import torch
+    with _session(args) as report:
+        import torch  # here: a simulated device must come before it
 
-    with _session(args):
         from llm_adapt.ops.dispatch.registry import find_op
 
         op = find_op(args.op)
@@ -104,7 +107,8 @@ def run_explain(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(row, indent=2))
         return int(row["serves"] == NOTHING)
-    render.heading(f"{row['call']}: {row['serves']} serves")
+    simulated = f" on {report.simulated}, SIMULATED" if report.simulated else ""
+    render.heading(f"{row['call']}: {row['serves']} serves{simulated}")
     asked = [(library, answer["answer"], answer["proof"]) for library, answer in row["libraries"].items()]
     render.table("", ("library", "answer", "proof: error as a share of what is allowed"), [*asked, _reference_row(row)])
     return int(row["serves"] == NOTHING)
@@ -127,7 +131,9 @@ def _answer(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
         proof = "-" if verdict is None else ", ".join(f"{name} {error:.2g}" for name, error in verdict.errors.items())
         first = "serves" if library == serves else "would serve, comes later in the order"
         libraries[library] = {"answer": reason or first, "proof": proof or "-"}
+    simulated = current_report().simulated
     return {
+        **({"simulated": simulated} if simulated else {}),
         "op": op.name,
         "dtype": str(call.dtype).removeprefix("torch."),
         "call": str(call),
@@ -148,9 +154,9 @@ def _reference_row(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 @contextlib.contextmanager
-def _session(args: argparse.Namespace) -> Iterator[None]:
-    with patched(device=args.device, ops=args.policy):
-        yield
+def _session(args: argparse.Namespace) -> Iterator[Report]:
+    with patched(device=args.device, ops=args.policy) as report:
+        yield report
 
 
 def _arguments(op: FusedOp, args: argparse.Namespace) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def parse(text: str) -> Simulation:
     return Simulation(simulator, by_short_name.get(model, model))
 
 
-def _near(asked: str, known: object) -> str:
-    near = difflib.get_close_matches(asked, list(known), n=1)  # type: ignore[call-overload]
+def _near(asked: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(asked, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 

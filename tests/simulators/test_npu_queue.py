@@ -108,3 +108,19 @@ for call in (record_and_wait, before.synchronize, lambda: torch.ones(3).pin_memo
     assert "GE operator Pad" in first
     assert len(later) == 3
     assert all("failed in torch_npu's task queue" in line for line in later), text
+
+
+def test_every_command_says_that_it_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ops, explain and bench on a simulator name it in their first lines and in their JSON."""
+    monkeypatch.setenv("LLM_ADAPT_SIMULATE", "npu")
+    for arguments in (
+        ["ops"],
+        ["explain", "rms_norm"],
+        ["explain", "rms_norm", "--json"],
+        ["bench", "--quick", "--only", "softmax_partials"],
+    ):
+        command = [sys.executable, "-m", "llm_adapt.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Ascend910B3" in done.stdout, (arguments, done.stdout[:500])
+        assert "simulated" in done.stdout.lower(), arguments
