@@ -28,6 +28,7 @@ class ImportHook(importlib.abc.MetaPathFinder):
         before: called with the name when the module is about to be created; raise there to refuse it. Merely
             asking for its spec, as importlib.util.find_spec does, calls nothing.
         around: called with the name; the module is executed inside the context manager it returns.
+        covers: whether a module that is not watched by name is watched all the same.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class ImportHook(importlib.abc.MetaPathFinder):
         after: Callable[[str], None],
         before: Callable[[str], None] = lambda name: None,
         around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext(),
+        covers: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.watched = frozenset(watched)
-        self.after, self.before, self.around = after, before, around
+        self.after, self.before, self.around, self.covers = after, before, around, covers
         self._list = sys.meta_path
         self._asking = threading.local()  # names this thread is asking the other finders for
 
@@ -59,7 +61,7 @@ class ImportHook(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         """Find a watched module through the other finders and wrap its loader."""
         asking: set[str] = vars(self._asking).setdefault("names", set())
-        if fullname not in self.watched or fullname in asking:
+        if fullname in asking or not (fullname in self.watched or self.covers(fullname)):
             return None
         asking.add(fullname)
         try:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from llm_adapt.errors import PatchError
@@ -19,7 +20,8 @@ from llm_adapt.patching.journal import ABSENT, Journal
 from llm_adapt.patching.loans import Lender
 from llm_adapt.patching.places import MissingTarget, Place, find, like, missing, plain
 from llm_adapt.patching.rebinding import Stuck, Swap, in_scope, rebind
-from llm_adapt.patching.rows import Entry, Loan, Patch, Row
+from llm_adapt.patching.rows import Entry, Loan, Patch, PlanItem, Row, Survey
+from llm_adapt.patching.surveys import Surveys
 from llm_adapt.patching.writes import Write, prepare
 
 __all__ = ["Outcome", "Plan"]
@@ -30,7 +32,7 @@ log = logging.getLogger("llm_adapt")
 class Outcome(NamedTuple):
     """What became of one row. `detail` is the reason of a skip, or what could not be rebound."""
 
-    row: Row
+    row: PlanItem
     status: Literal["applied", "waiting", "unneeded", "skipped", "stale"]
     detail: str = ""
 
@@ -49,18 +51,21 @@ class Plan:
 
     def __init__(
         self,
-        rows: Iterable[Row],
+        rows: Iterable[PlanItem],
         strict: bool = False,
         before_import: Mapping[str, Callable[[str], None]] | None = None,
     ) -> None:
-        self.rows = list(rows)
+        rows = list(rows)
+        self.rows: list[Row] = [row for row in rows if not isinstance(row, Survey)]
         self.strict = strict
         check_rows(self.rows)
+        self._surveys = Surveys(row for row in rows if isinstance(row, Survey))
+        self._by_survey: list[Patch | Entry] = []  # the rows that surveys found
         self._by_module: dict[str, list[Row]] = {}
         for row in self.rows:
             self._by_module.setdefault(row.module, []).append(row)
         self._before = dict(before_import or {})
-        self._outcomes: dict[Row, Outcome] = {}
+        self._outcomes: dict[PlanItem, Outcome] = {}
         self._journal = Journal()
         self._written: dict[Row, Write] = {}
         self._new: dict[int, Any] = {}  # every object that was written, by id
@@ -68,7 +73,11 @@ class Plan:
         self._modules_before: frozenset[str] = frozenset()
         self._lender = Lender()
         self._hook = ImportHook(
-            {*self._by_module, *self._before}, after=self._on_import, before=self._on_creation, around=self._lend
+            {*self._by_module, *self._before},
+            after=self._on_import,
+            before=self._on_creation,
+            around=self._lend,
+            covers=self._surveys.cover,
         )
         self._is_active = False
         self._lock = threading.RLock()  # never held while waiting for an import
@@ -85,10 +94,12 @@ class Plan:
         try:
             wait_for_begun_imports(self._by_module)
             loaded = [name for name in self._by_module if sys.modules.get(name) is not None]
-            for name in loaded:
+            surveyed = [name for name in list(sys.modules) if self._surveys.cover(name)]
+            for name in (*loaded, *surveyed):
                 wait_for_import(name)
+            found = [row for name in surveyed for row in self._survey(name, is_new=False)]
             with self._lock:
-                self._write([row for name in loaded for row in self._by_module[name]], is_late=True)
+                self._write([*(row for name in loaded for row in self._by_module[name]), *found], is_late=True)
         except BaseException:
             self.undo()
             raise
@@ -117,7 +128,8 @@ class Plan:
 
     def outcomes(self) -> list[Outcome]:
         """What has become of every row so far, in the order of the rows."""
-        return [self._outcomes.get(row) or _whereabouts(row) for row in self.rows]
+        known = [self._outcomes.get(row) or _whereabouts(row) for row in self.rows]
+        return known + [Outcome(*told) for told in self._surveys.outcomes()]
 
     def _on_creation(self, module: str) -> None:
         if self._is_active and module in self._before:
@@ -131,9 +143,27 @@ class Plan:
         self._note(Outcome(loan, "applied" if is_made else "unneeded", detail))
 
     def _on_import(self, module: str) -> None:
+        found = self._survey(module, is_new=True)
         with self._lock:
             if self._is_active and sys.modules.get(module) is not None:
-                self._write(self._by_module.get(module, []), is_late=False)
+                self._write([*self._by_module.get(module, []), *found], is_late=False)
+
+    def _survey(self, module: str, is_new: bool) -> list[Patch | Entry]:
+        """The rows that surveys find in a module, known from now on. Holds no lock: finding may import."""
+        found, problems = self._surveys.look(module, is_new)
+        for problem in problems:
+            self._complain(problem)
+        with self._lock:
+            targets = {row.target for row in found}
+            earlier = {row for row in self._by_survey if row.target in targets}  # its module was imported anew
+            self._by_survey += found
+            self.rows = [*(row for row in self.rows if row not in earlier), *found]
+            for row in earlier:
+                write = self._written.pop(row, None)
+                if write is not None and isinstance(write.place.owner, ModuleType):
+                    self._journal.forget(write.slot)  # as in _write
+            check_rows(self.rows)
+        return found
 
     def _write(self, rows: list[Row], is_late: bool) -> None:
         """Check every row, then write them all, or none.
@@ -218,9 +248,12 @@ class Plan:
     def _note(self, outcome: Outcome) -> None:
         self._outcomes[outcome.row] = outcome
         if outcome.status in ("skipped", "stale"):
-            if self.strict:
-                raise PatchError(f"{outcome.row.target}: {outcome.detail} (strict mode).")
-            log.warning("%s: %s", outcome.row.target, outcome.detail)
+            self._complain(f"{outcome.row.target}: {outcome.detail}")
+
+    def _complain(self, text: str) -> None:
+        if self.strict:
+            raise PatchError(f"{text} (strict mode).")
+        log.warning("%s", text)
 
 
 def _result(row: Row, stuck: list[Stuck]) -> Outcome:

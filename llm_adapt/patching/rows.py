@@ -1,4 +1,4 @@
-"""Patch, Entry and Loan: one row = what is replaced, by what, why, and what it must look like today.
+"""Patch, Entry, Loan and Survey: one row = what is replaced, by what, why, and what it must look like today.
 
 Targets are written "package.module:Class.attribute". The colon separates what is imported from what is
 looked up, so that a misspelt name cannot be mistaken for a module.
@@ -7,14 +7,15 @@ looked up, so that a misspelt name cannot be mistaken for a module.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
 from llm_adapt.errors import PatchError
 
-__all__ = ["Entry", "Loan", "Patch", "Row", "split_target"]
+__all__ = ["Entry", "Loan", "Patch", "PlanItem", "Row", "Survey", "split_target"]
 
 Kind = Literal["replace", "wrap", "add"]
 
@@ -103,6 +104,36 @@ class Loan(_Targeted):
 
 
 Row = Patch | Entry | Loan
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """Look at each module of a family, once its body has run, and patch what is recognised there.
+
+    For what no list of names can keep up with: a hundred classes that compute one formula.
+
+    Attributes:
+        pattern: regular expression that the whole name of the module matches.
+        find: module -> rows of that very module. It may import llm_adapt, never the family that it looks at. What it
+            raises is a reported skip of the module, an error in strict mode.
+        reason: one line for the report.
+    """
+
+    pattern: str
+    find: Callable[[ModuleType], Iterable[Patch | Entry]]
+    reason: str
+
+    @property
+    def target(self) -> str:
+        """What the report calls it."""
+        return self.pattern
+
+    def covers(self, module: str) -> bool:
+        """Whether a module belongs to the family."""
+        return re.fullmatch(self.pattern, module) is not None
+
+
+PlanItem = Row | Survey
 
 
 @functools.cache
