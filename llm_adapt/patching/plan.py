@@ -6,7 +6,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -71,6 +71,7 @@ class Plan:
         self._new: dict[int, Any] = {}  # every object that was written, by id
         self._stands_for: dict[int, Swap | None] = {}  # new objects by id; None: for two originals, so for neither
         self._modules_before: frozenset[str] = frozenset()
+        self._known_before: dict[str, frozenset[str]] = {}  # module that is being surveyed -> those imported before it
         self._lender = Lender()
         self._hook = ImportHook(
             {*self._by_module, *self._before},
@@ -136,6 +137,8 @@ class Plan:
             self._before[module](module)
 
     def _lend(self, module: str) -> AbstractContextManager[None]:
+        if self._surveys.cover(module):
+            self._known_before[module] = frozenset(sys.modules)
         loans = [row for row in self._by_module.get(module, ()) if isinstance(row, Loan)]
         return self._lender.lending(module, loans if self._is_active else [], self._on_loan)
 
@@ -144,9 +147,13 @@ class Plan:
 
     def _on_import(self, module: str) -> None:
         found = self._survey(module, is_new=True)
+        # What a survey found is new: only what was imported meanwhile can have a copy. A search in all that is
+        # imported would take longer than the import.
+        since = sys.modules.keys() - self._known_before.pop(module, frozenset()) | {module}
         with self._lock:
             if self._is_active and sys.modules.get(module) is not None:
-                self._write([*self._by_module.get(module, []), *found], is_late=False)
+                self._write(self._by_module.get(module, []), is_late=False)
+                self._write(found, is_late=False, within=since)
 
     def _survey(self, module: str, is_new: bool) -> list[Patch | Entry]:
         """The rows that surveys find in a module, known from now on. Holds no lock: finding may import."""
@@ -165,11 +172,12 @@ class Plan:
             check_rows(self.rows)
         return found
 
-    def _write(self, rows: list[Row], is_late: bool) -> None:
+    def _write(self, rows: Sequence[Row], is_late: bool, within: Container[str] | None = None) -> None:
         """Check every row, then write them all, or none.
 
         Args:
             is_late: the modules were imported before the patch, and whoever asked has been given the originals.
+            within: the only modules that may hold copies of the originals; None = all.
         """
         resolved = [(row, place) for row in rows if not isinstance(row, Loan) and (place := self._resolve(row))]
         check_places([*((row, write.place) for row, write in self._written.items()), *resolved])
@@ -181,7 +189,7 @@ class Plan:
             swaps = [write.swap for write in writes if write.has_copies]
             # Generators, since the search for holders would find a list of originals.
             originals = (write.swap.original for write in writes if in_scope(write.row.module))
-            stuck = rebind(swaps, self._journal, ours=self._new, roots=originals)
+            stuck = rebind(swaps, self._journal, ours=self._new, roots=originals, within=within)
             if is_late:
                 memory = (part for act in self._journal.acts for part in (act.old, *act.slot))
                 stuck += holders(swaps, own=itertools.chain(self._new.values(), memory))

@@ -58,6 +58,7 @@ def rebind(
     ours: Container[int] = (),
     roots: Iterable[Any] = (),
     also: Container[str] = (),
+    within: Container[str] | None = None,
 ) -> list[Stuck]:
     """Replace every copy of each original that is found, as acts of the journal.
 
@@ -65,6 +66,7 @@ def rebind(
         ours: ids of replacements, which use the originals and must keep them.
         roots: objects that are searched besides what modules hold: originals, which only replacements hold now.
         also: names of modules that are searched although they are torch's or Python's own.
+        within: the only modules that are searched; None = all.
 
     Returns:
         The copies found that cannot be replaced.
@@ -72,6 +74,8 @@ def rebind(
     walker = _Walker({id(swap.original): swap for swap in swaps}, journal, ours, also)
     for name, module in entries(sys.modules) if walker.table else ():
         if name.partition(".")[0] in _SKIPPED_PACKAGES and name not in also:  # as in_scope, without a call
+            continue
+        if within is not None and name not in within:
             continue
         if issubclass(type(module), types.ModuleType):
             walker.module = name

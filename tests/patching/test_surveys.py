@@ -155,3 +155,17 @@ def test_only_whole_names_match(toy: ToyFinder) -> None:
         assert not survey().covers(name)
     assert survey().target == PATTERN
     assert louder(lambda: 1)() == ("loud", 1)
+
+
+def test_a_copy_taken_inside_the_import_is_replaced(toy: ToyFinder) -> None:
+    """A name that the module gave away while it was imported, to itself or to a module that it imports, is found."""
+    sources = {
+        "zoo.a.model_a": MODEL + "\nclass Layer: turn = rotate\nimport zoo.taker",
+        "zoo.taker": "from zoo.a.model_a import rotate",
+    }
+    with toys(ZOO | sources):
+        plan = applied(survey())
+        model, taker = load("zoo.a.model_a"), load("zoo.taker")
+        assert (taker.rotate(1), model.Layer.turn(1)) == (("loud", 1), ("loud", 1))
+        plan.undo()
+        assert (taker.rotate(1), model.Layer.turn(1)) == (1, 1)
