@@ -69,7 +69,7 @@ def reduced(
         else:
             weights = class_weight.detach().to(loss.dtype)[torch.where(index == ignore_index, 0, index)]
             total = total / (weights * counts).sum()
-        z_total = z_total / number
+        z_total = z_total / number.clamp(min=1)  # without a z-loss it is 0, also where all rows are ignored
     return total + z_total, z_total.detach().clone()
 
 

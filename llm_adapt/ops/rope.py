@@ -196,7 +196,6 @@ def check_rope(
     cu_seqlens: torch.Tensor | None,
     **options: str,
 ) -> None:
-    """Raise for arguments that the op does not take."""
     """Raise for arguments that rope does not take."""
     for name, value in options.items():
         if value not in _OPTIONS[name]:

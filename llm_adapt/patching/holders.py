@@ -37,6 +37,13 @@ def holders(swaps: Iterable[Swap], own: Iterable[Any]) -> list[Stuck]:
         return []
     spaces = {id(namespace(m)) for m in list(sys.modules.values()) if issubclass(type(m), types.ModuleType)}
     passed = spaces.union(*(_parts(thing) for thing in own))
+    if _search(asked, set(passed)):
+        gc.collect()  # rows of an earlier patch are garbage in a circle, and hold nothing any more
+        return _search(asked, passed)
+    return []
+
+
+def _search(asked: dict[int, Swap], passed: set[int]) -> list[Stuck]:
     found: dict[Stuck, None] = {}
     for swap in asked.values():
         if isinstance(swap.original, type):

@@ -6,8 +6,8 @@ looked up, so that a misspelt name cannot be mistaken for a module.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -113,24 +113,24 @@ class Survey:
     For what no list of names can keep up with: a hundred classes that compute one formula.
 
     Attributes:
-        pattern: regular expression that the whole name of the module matches.
+        modules: patterns of module names, such as "transformers.models.*.modeling_*"; a * goes past dots.
         find: module -> rows of that very module. It may import llm_adapt, never the family that it looks at. What it
             raises is a reported skip of the module, an error in strict mode.
         reason: one line for the report.
     """
 
-    pattern: str
+    modules: tuple[str, ...]
     find: Callable[[ModuleType], Iterable[Patch | Entry]]
     reason: str
 
     @property
     def target(self) -> str:
         """What the report calls it."""
-        return self.pattern
+        return ", ".join(self.modules)
 
     def covers(self, module: str) -> bool:
         """Whether a module belongs to the family."""
-        return re.fullmatch(self.pattern, module) is not None
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.modules)
 
 
 PlanItem = Row | Survey

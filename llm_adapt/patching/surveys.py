@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import sys
 import threading
@@ -18,8 +19,9 @@ class Surveys:
 
     def __init__(self, surveys: Iterable[Survey]) -> None:
         self.surveys = list(surveys)
-        patterns = "|".join(f"(?:{survey.pattern})" for survey in self.surveys)
-        self._pattern = re.compile(patterns or "(?!)")  # one that matches nothing: each import of the process asks
+        patterns = {fnmatch.translate(pattern) for survey in self.surveys for pattern in survey.modules}
+        # One for all, since each import of the process asks; (?!) matches nothing.
+        self._pattern = re.compile("|".join(sorted(patterns)) or "(?!)")
         self._seen: set[str] = set()
         self._found: dict[Survey, int] = dict.fromkeys(self.surveys, 0)
         self._problems: list[tuple[Survey, str]] = []
@@ -27,7 +29,7 @@ class Surveys:
 
     def cover(self, module: str) -> bool:
         """Whether any survey wants to see a module of that name."""
-        return self._pattern.fullmatch(module) is not None
+        return self._pattern.match(module) is not None
 
     def look(self, module: str, is_new: bool) -> tuple[list[Patch | Entry], list[str]]:
         """The rows found in a module that has been imported, and a line for each survey that failed there.

@@ -145,3 +145,17 @@ def test_code_for_two_devices(entry: Entry) -> None:
         with torch.autocast("cpu", dtype):
             names.add(dispatchers["scaled"].traced((("x", torch.float32, device, False),), ()))
     assert len(names) == 3
+
+
+def test_a_graph_may_call_several_libraries(entry: Entry) -> None:
+    """The second call in a graph may be the first that another library serves, also under another autocast."""
+    with toy_library("scaled", lambda x: scaled(x), compilable=True), using(POLICY):
+        x = torch.ones(3)
+
+        def three(x: torch.Tensor) -> torch.Tensor:
+            y = entry(entry(x), negative=True)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return entry(y, factor=3.0) + entry(y)
+
+        assert torch.equal(whole_graph(three)(x), three(x))
+        assert {binding.choice.library for binding in dispatchers["scaled"].bindings.values()} == {TOY, "reference"}

@@ -133,3 +133,12 @@ def test_tensors_are_not_kept(entry: Entry) -> None:
         del x, bias
         gc.collect()
         assert [reference() for reference in gone] == [None, None]
+
+
+def test_numbers_that_come_and_go_make_no_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints and dynamic options are part of no line of the receipt: else each seed and length would add one."""
+    with toy_op(dynamic=frozenset({"factor"})) as entry:
+        for factor in (1.5, 2.5, 3.5):
+            entry(torch.ones(3), factor=factor)
+        (binding,) = dispatchers["scaled"].bindings.values()
+        assert (binding.calls, binding.example.variant) == (3, "")

@@ -266,3 +266,16 @@ def test_outcomes_stay_readable_after_undo(toy: ToyFinder, caplog: pytest.LogCap
     plan = applied(wrap("toy.ops:norm"))
     plan.undo()
     assert (statuses(plan), caplog.text) == ([("toy.ops:norm", "applied")], "")
+
+
+def test_garbage_of_an_earlier_patch_holds_nothing(toy: ToyFinder) -> None:
+    """Rows in a circle that nobody reaches any more are no stale copies, even before the collector comes by."""
+
+    def leave_a_circle(norm: Any) -> None:
+        circle: list[Any] = [lambda: norm]
+        circle.append(circle)
+
+    leave_a_circle(load("toy.ops").norm)
+    plan = applied(wrap("toy.ops:norm"))
+    assert statuses(plan) == [("toy.ops:norm", "applied")]
+    plan.undo()

@@ -15,7 +15,7 @@ from tests.patching.toys import ToyFinder, applied, load, louder, statuses, toys
 
 MODEL = "class Norm:\n    def forward(self): return 'norm'\ndef rotate(x): return x\ntable = {}"
 ZOO = {"zoo.a.model_a": MODEL, "zoo.b.model_b": MODEL, "zoo.b.other": MODEL, "zoo": "", "zoo.a": "", "zoo.b": ""}
-PATTERN = r"zoo\..*\.model_.*"
+PATTERN = "zoo.*.model_*"
 
 
 def find(module: ModuleType) -> list[Patch | Entry]:
@@ -30,7 +30,7 @@ def find(module: ModuleType) -> list[Patch | Entry]:
 
 def survey(**changes: Any) -> Survey:
     """A survey of the models of the zoo."""
-    return Survey(**{"pattern": PATTERN, "find": find, "reason": "for the test"} | changes)
+    return Survey(**{"modules": (PATTERN,), "find": find, "reason": "for the test"} | changes)
 
 
 def state(module: Any) -> tuple[Any, ...]:

@@ -88,6 +88,7 @@ class Call:
         is_compiling: torch.compile is tracing; shapes are unknown.
         is_deterministic: torch.use_deterministic_algorithms(True).
         layer: qualified name of the module that calls, "" when it is not known.
+        passing: options whose values come and go: hints, and numbers that are part of no key.
     """
 
     op: str
@@ -99,6 +100,7 @@ class Call:
     is_compiling: bool = False
     is_deterministic: bool = False
     layer: str = ""
+    passing: frozenset[str] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         """The facts of a tensor, or the value of an option, by the argument's name; None for an absent tensor."""
@@ -120,8 +122,9 @@ class Call:
 
     @property
     def variant(self) -> str:
-        """The options that differ from their default, as text: "eps=1e-05, form='gemma'"."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name in self.given)
+        """The options that differ from their default, less those that come and go: "eps=1e-05, form='gemma'"."""
+        told = self.given - self.passing
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name in told)
 
     def __str__(self) -> str:
         parts = [f"{name} {tensor}" for name, tensor in self.tensors.items()]

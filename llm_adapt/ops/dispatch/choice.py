@@ -9,7 +9,9 @@ from llm_adapt.ops.dispatch.call import Call, UnknownShapeError
 from llm_adapt.ops.dispatch.proof import Verdict
 from llm_adapt.ops.dispatch.registry import FusedOp, Kernel
 
-__all__ = ["Choice", "proof_kind", "refusal"]
+__all__ = ["Choice", "not_on_the_host", "proof_kind", "refusal"]
+
+_ON_THE_HOST = ("chunked", "inductor", "openmp", "torch_native")  # libraries that compute on the CPU as well
 
 
 @dataclass
@@ -29,6 +31,17 @@ class Choice:
     refusals: dict[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
     is_final: bool = True
+
+
+def not_on_the_host(library: str, call: Call, device: str) -> str:
+    """Why a library may not serve tensors on the CPU in a process of another device; "" when it may.
+
+    A model is often made, or evaluated, on the host. A device's kernel would raise there, and a failed proof would
+    take it away from the device as well.
+    """
+    if device in ("", "cpu") or library in _ON_THE_HOST or call.device != "cpu":
+        return ""
+    return f"computes on {device}; the tensors are on the CPU"
 
 
 def refusal(op: FusedOp, kernel: Kernel, call: Call) -> str:

@@ -13,8 +13,8 @@ from llm_adapt.errors import KernelError
 from llm_adapt.ops.dispatch import registry
 from llm_adapt.ops.dispatch.call import Call, TensorFacts, describe, same
 from llm_adapt.ops.dispatch.calling import as_autocast, autocast_dtype, outside_autocast, positional
-from llm_adapt.ops.dispatch.choice import Choice, proof_kind, refusal
-from llm_adapt.ops.dispatch.entry import make_entry, tensor_check
+from llm_adapt.ops.dispatch.choice import Choice, not_on_the_host, proof_kind, refusal
+from llm_adapt.ops.dispatch.entry import Compiled, make_entry, tensor_check
 from llm_adapt.ops.dispatch.in_force import Moment, listeners, lock, moment, policy_in_force
 from llm_adapt.ops.dispatch.proof import Verdict, prove
 from llm_adapt.ops.dispatch.proving_ground import apart
@@ -51,7 +51,7 @@ class Dispatcher:
         self.op, self.layer, self.whole = op, layer, whole or self  # whole: of the op, in all layers
         self.table: dict[Any, Binding] = {}
         self.recent: dict[Any, tuple[tuple[Callable[..., bool], Binding], ...]] = {}  # options -> checks of tensors
-        self.compiled: dict[str, Callable[..., Any]] = {}
+        self.compiled = Compiled()
         self.bindings: dict[Any, Binding] = {}  # kind of call -> what the receipt tells; keys differ by shapes too
         self.verdicts: dict[Any, Verdict] = {}
         self.quarantine: dict[str, str] = {}
@@ -113,8 +113,8 @@ class Dispatcher:
             choice = self.choose(call, lambda kernel: self.proved_on_samples(kernel, call))
             found = self._remember(key, call, choice, since)
         found.calls += 1
-        name = f"{found.choice.library} {f'outside autocast {casts}' if is_autocast else ''}"
-        self.compiled.setdefault(name, found.call)
+        name = "_".join([found.choice.library, *(str(part).replace(".", "_") for part in casts if is_autocast)])
+        vars(self.compiled).setdefault(name, found.call)
         return name
 
     def _traced_call(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Call:
@@ -136,6 +136,7 @@ class Dispatcher:
             is_compiling=True,
             is_deterministic=torch.are_deterministic_algorithms_enabled(),
             layer=self.layer,
+            passing=self.op.dynamic | self.op.hints,
         )
 
     def reject(self, error: Exception | None, arguments: tuple[Any, ...]) -> Exception | None:
@@ -158,6 +159,7 @@ class Dispatcher:
             "is_inference": torch.is_inference_mode_enabled(),
             "is_transformed": torch._C._are_functorch_transforms_active(),
             "is_deterministic": torch.are_deterministic_algorithms_enabled(),
+            "passing": self.op.dynamic | self.op.hints,
         } | state
         return describe(self.op.name, self.op.signature, arguments, self.op.lists, layer=self.layer, **state)
 
@@ -202,7 +204,7 @@ class Dispatcher:
             return absent or "has no kernel of this op", None
         if library in self.quarantine:
             return f"quarantined: {self.quarantine[library]}", None
-        reason = refusal(self.op, kernel, call)
+        reason = not_on_the_host(library, call, policy_in_force().device) or refusal(self.op, kernel, call)
         if reason:
             return reason, None
         verdict = proved(kernel)
@@ -230,6 +232,8 @@ class Dispatcher:
         """The verdict for this kind of call, from memory or from a proof now; None when proofs are off."""
         if not policy_in_force().proof.at_first_use:
             return None
+        if torch._C._get_tracing_state() is not None:  # it records twice, and wants the same operators both times
+            return Verdict(False, "it was not bound before torch.jit.trace began", is_final=False)
         if call.is_transformed:  # the tensors are functorch's, and mean nothing outside
             return self.proved_on_samples(kernel, call)
         kind = (kernel.library, proof_kind(call, self.op))

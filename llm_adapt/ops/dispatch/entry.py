@@ -25,7 +25,7 @@ try:
 except ImportError:
     TensorGuards = None  # type: ignore[assignment, misc]
 
-__all__ = ["make_entry", "tensor_check"]
+__all__ = ["Compiled", "make_entry", "tensor_check"]
 
 _TENSOR = "type({0}), {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad, {0}.is_contiguous() or {0}.stride()"
 # Of each member of a list, too: a kernel that writes by the sizes of another list would write past this one's. An
@@ -38,18 +38,25 @@ _AUTOCAST = ", _is_autocast() and _autocast_dtype({0}.device.type)"
 _TRACED = "({1!r}, {0}.dtype, {0}.device.type, {0}.requires_grad)"
 
 
+class Compiled:
+    """What compiled code calls, by name, as attributes.
+
+    No dict: dynamo reads a dict once for a whole graph, and a later call in it may be the first of its kind.
+    """
+
+
 class Dispatch(Protocol):
     """What the entry looks into, and calls when that does not answer."""
 
     recent: dict[Any, tuple[Any, ...]]
     table: dict[Any, Any]
-    compiled: dict[str, Callable[..., Any]]
+    compiled: Compiled
 
     def bind(self, options: Any, key: Any, arguments: tuple[Any, ...]) -> Any:
         """A binding for a new key."""
 
     def traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> str:
-        """The key in `compiled` of what compiled code calls, for tensors of these dtypes and these options."""
+        """The name in `compiled` of what compiled code calls, for tensors of these dtypes and these options."""
 
     def reject(self, error: Exception | None, arguments: tuple[Any, ...]) -> Exception | None:
         """The error for arguments that no key can be made of."""
@@ -122,7 +129,7 @@ def _source(op: FusedOp) -> str:
     return (
         f"def {op.name}{_parameters(op)}:\n"
         f"    if _is_compiling():\n"
-        f"        return _compiled[_traced(_version, {traced_tensors}, ({traced_options}))]({arguments})\n"
+        f"        return getattr(_compiled, _traced(_version, {traced_tensors}, ({traced_options})))({arguments})\n"
         f"    try:\n"
         f"        _options = ({options}_is_deterministic())\n"
         f"        for _check, _binding in _recent(_options, ()):\n"
@@ -146,7 +153,7 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     As torch.compiler.assume_constant_result does, without importing dynamo, which takes over a second.
     """
 
-    def constant(version: int, *args: Any) -> Any:  # dynamo takes plain values from it, no functions: hence a key
+    def constant(version: int, *args: Any) -> Any:  # dynamo takes plain values from it, no functions: hence a name
         return function(*args)
 
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -62,6 +62,7 @@ class Policy:
         proof: when kernels are proved.
         strict: a fallback from a kernel that failed its proof is an error.
         cases: folder for saved cases of failed proofs; "" = none are saved.
+        device: torch's name of the device that the process uses; "" = any.
     """
 
     order: tuple[str, ...] = ()
@@ -71,6 +72,7 @@ class Policy:
     proof: Proof = Proof()
     strict: bool = False
     cases: str = ""
+    device: str = ""
 
     def chosen(self, op: str, layer: str = "") -> str:
         """The library that must serve this op for this layer, "" when none was chosen."""
