@@ -43,6 +43,7 @@ setup(
     package_data={
         "llm_adapt": ["py.typed"],
         "llm_adapt.frameworks.torch_cuda": ["*.json"],
+        "llm_adapt.ops.kernels.openmp": ["*.cpp", "*.h"],
         "llm_adapt.simulators": ["**/*.cpp", "**/*.h"],
     },
     extras_require={

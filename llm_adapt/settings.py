@@ -10,11 +10,12 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_adapt.errors import SettingsError
 
-__all__ = ["PREFIX", "SETTINGS", "Setting", "Settings", "read_environment", "resolve"]
+__all__ = ["PREFIX", "SETTINGS", "Setting", "Settings", "cache_folder", "read_environment", "resolve"]
 
 PREFIX = "LLM_ADAPT_"
 
@@ -89,8 +90,9 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting("out", _text, "a folder", "Folder that receives report.json (report.rankN.json for N > 0) at exit."),
         Setting(
-            "ops", _text, "OP=LIBRARY, -LIBRARY, order=A>B, ..., or the path of a TOML file",
-            "Which kernel library serves which op (docs/ops.md); default: the device's own order.",
+            "ops", _text, "OP=LIBRARY, -LIBRARY, order=A>B, ..., the path of a TOML file, or off",
+            "Which kernel library serves which op (docs/ops.md); default: the device's own order. off: frameworks keep "
+            "their own code.",
         ),
         Setting(
             "proof", _proof, "off, first, strict or sample:N",
@@ -99,7 +101,7 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting(
             "cache", _text, "a folder",
-            "Where simulators are fetched and built; default: llm_adapt in XDG_CACHE_HOME or ~/.cache.",
+            "Where simulators and the CPU's kernels are built; default: llm_adapt in XDG_CACHE_HOME or ~/.cache.",
         ),
     )
 }  # fmt: skip
@@ -162,3 +164,12 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.removeprefix(PREFIX), by_ending, n=1, cutoff=0.6)
     hint = f" Did you mean {by_ending[near[0]]}?" if near else ""
     return f"Unknown {what}.{hint} Known: {', '.join(sorted(by_ending.values()))}."
+
+
+def cache_folder() -> Path:
+    """Where things are fetched and built: LLM_ADAPT_CACHE, else XDG_CACHE_HOME/llm_adapt, else ~/.cache/llm_adapt."""
+    base = os.environ.get("LLM_ADAPT_CACHE")
+    if base:
+        return Path(base).absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "llm_adapt"

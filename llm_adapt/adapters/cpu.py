@@ -27,6 +27,7 @@ ADAPTER = DeviceAdapter(
     probe_device=_probe,
     check_torch=_check_torch,
     dtypes=("float32", "float16", "bfloat16", "float64"),
+    kernel_libraries=("openmp", "torch_native", "chunked"),
     missing_reduce_ops=frozenset({"PREMUL_SUM", "AVG:int"}),
     missing_collective_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2", "int16", "uint16", "uint32", "uint64"}),
     cuda_capability=(8, 0),

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--simulate", metavar="NAME", help="a simulated npu, mlu or dcu on host memory; NAME:MODEL names the chip"
     )
-    parser.add_argument("--cache", metavar="DIR", help="where simulators are fetched and built (default: ~/.cache)")
+    parser.add_argument("--cache", metavar="DIR", help="where simulators and CPU kernels are built (default: ~/.cache)")
     parser.add_argument("--nproc", type=_number(1, 1024), metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--nnodes", type=_number(1, 65536), default=1, metavar="N", help="machines in the job")
     parser.add_argument(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm_adapt import settings
 from llm_adapt.simulators.base import Library, Simulator, SimulatorError, Toolchain
 
 __all__ = ["alone", "build", "built_folder", "cache_folder"]
@@ -28,12 +29,8 @@ Say = Callable[[str], None]
 
 
 def cache_folder() -> Path:
-    """Where simulators are built: LLM_ADAPT_CACHE, else XDG_CACHE_HOME/llm_adapt, else ~/.cache/llm_adapt."""
-    base = os.environ.get("LLM_ADAPT_CACHE")
-    if base:
-        return Path(base).absolute() / "simulators"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "llm_adapt" / "simulators"
+    """Where simulators are built: the folder "simulators" of the cache."""
+    return settings.cache_folder() / "simulators"
 
 
 def built_folder(simulator: Simulator, toolchain: Toolchain) -> Path:

@@ -12,7 +12,7 @@ from llm_adapt.ops.dispatch.registry import FusedOp, Kernel, all_ops, load_libra
 
 __all__ = ["Case", "cases", "has_backward", "host_kernels"]
 
-HOST_LIBRARIES = ("torch_native", "chunked", "triton")  # libraries whose kernels run on the CPU
+HOST_LIBRARIES = ("openmp", "torch_native", "chunked", "triton")
 
 
 class Case(NamedTuple):
