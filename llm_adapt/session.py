@@ -27,7 +27,7 @@ from llm_adapt.settings import Settings, resolve
 __all__ = ["current_adapter", "is_patched", "patch", "patch_child", "patched", "report", "unpatch"]
 
 # Each is a module of llm_adapt.frameworks with `rows(context)`.
-_TABLES = ("torch_cuda", "megatron")
+_TABLES = ("torch_cuda", "megatron", "transformers")
 _STATUS: dict[str, Status] = {"waiting": "waiting", "skipped": "skipped", "stale": "problem"}
 
 
@@ -76,9 +76,10 @@ def patch(
         strict: every reported skip or mismatch becomes an error (LLM_ADAPT_STRICT).
         cpu_devices: how many CUDA ordinals the CPU presents (LLM_ADAPT_CPU_DEVICES).
         out: folder that receives the report as JSON at unpatch() or the end of the process (LLM_ADAPT_OUT).
-        ops: which kernel library serves which op, as text or the path of a TOML file (LLM_ADAPT_OPS; docs/ops.md).
+        ops: which kernel library serves which op, as text or the path of a TOML file (LLM_ADAPT_OPS; docs/ops.md);
+            "off": frameworks keep their own code.
         proof: when kernels are proved: "off", "first", "strict" or "sample:N" (LLM_ADAPT_PROOF).
-        cache: folder in which simulators are fetched and built (LLM_ADAPT_CACHE).
+        cache: folder in which simulators and the CPU's kernels are built (LLM_ADAPT_CACHE).
 
     Returns:
         The report: what was chosen, and why. It grows as the script imports and calls more.
@@ -163,7 +164,7 @@ def _start(settings: Settings, requested_by: str) -> tuple[Context, Plan]:
     plan = Plan(rows, strict=settings.strict, before_import=coexistence.on_import(context))
     plan.apply()
     report.sources.append(lambda: _lines(plan))
-    _put_in_force(policy, report)
+    _put_in_force(policy, settings, report)
     return context, plan
 
 
@@ -193,20 +194,25 @@ def _policy(settings: Settings, adapter: DeviceAdapter) -> Any:
     """Who may serve which op: the device's own order of kernel libraries, then what the user says."""
     from llm_adapt.ops.dispatch.policy import Policy, parse_policy, parse_proof
 
+    parts = parse_policy(settings.ops) if settings.ops not in (None, "off") else {}
     return Policy(
-        **{"order": adapter.kernel_libraries} | (parse_policy(settings.ops) if settings.ops else {}),
+        **{"order": adapter.kernel_libraries} | parts,
         proof=parse_proof(settings.proof),
         strict=settings.strict,
         cases="" if settings.out is None else os.path.join(settings.out, "cases"),
+        device=adapter.device_type,
     )
 
 
-def _put_in_force(policy: Any, report: Report) -> None:
+def _put_in_force(policy: Any, settings: Settings, report: Report) -> None:
     from llm_adapt.ops.dispatch.in_force import start_over
     from llm_adapt.ops.dispatch.receipt import policy_text, receipt
 
     start_over(policy)
-    report.add("ops", "policy", policy_text(), f"kernels are proved: {policy.proof.words}")
+    if settings.ops == "off":
+        report.add("ops", "callers", "off", "ops=off: frameworks keep their own code")
+    else:
+        report.add("ops", "policy", policy_text(), f"kernels are proved: {policy.proof.words}")
     report.sources.append(_op_lines)
     report.parts["ops"] = receipt
     report.parts["environment"] = _environment

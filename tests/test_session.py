@@ -382,3 +382,17 @@ def test_an_undo_that_fails_leaves_the_environment_as_it_was(monkeypatch: pytest
         llm_adapt.unpatch()
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
     assert not llm_adapt.is_patched()
+
+
+def test_ops_off_leaves_frameworks_their_own_code() -> None:
+    """No row of an operator is planned, and the report says so."""
+    from llm_adapt.frameworks import transformers
+
+    with llm_adapt.patched(device="cpu", ops="off") as report:
+        context = session._active("a test").context
+        assert not context.serves_operators
+        assert transformers.rows(context) == []
+        assert [line.choice for line in report.lines if line.section == "ops"] == ["off"]
+    with llm_adapt.patched(device="cpu") as report:
+        assert session._active("a test").context.serves_operators
+        assert [line.choice for line in report.lines if line.section == "ops"] != ["off"]

@@ -18,3 +18,8 @@ class Context:
     adapter: DeviceAdapter
     settings: Settings
     report: Report
+
+    @property
+    def serves_operators(self) -> bool:
+        """Whether frameworks call our operators: with ops="off" they keep their own code."""
+        return self.settings.ops != "off"

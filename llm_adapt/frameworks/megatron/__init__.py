@@ -1,8 +1,9 @@
-"""Megatron-Core: the seams that must change for a CUDA-written script to run where CUDA is not.
+"""Megatron-Core: the seams that must change for a CUDA-written script to run where CUDA is not, and its operators.
 
-Only those: no feature of Megatron is replaced, and no body of a Megatron function is copied. Each row resolves
-against every version named in VERSIONS or says that it does not (docs/megatron_seams.md is generated from the
-wheels by tests/frameworks/megatron/seam_table.py).
+Rows of operators (norms to multi_tensor) are planned on every device, the others where the device is not torch.cuda.
+No feature of Megatron is replaced, and no body of a Megatron function is copied. Each row resolves against every
+version named in VERSIONS or says that it does not (docs/megatron_seams.md is generated from the wheels by
+tests/frameworks/megatron/seam_table.py).
 """
 
 from __future__ import annotations
@@ -12,38 +13,48 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.megatron import norms, repairs
+from llm_adapt.frameworks.megatron import (
+    activations,
+    attention,
+    checkpoints,
+    experts,
+    losses,
+    moe,
+    multi_tensor,
+    norms,
+    optimizer,
+    repairs,
+    rotary,
+    softmax,
+)
+from llm_adapt.frameworks.megatron.seams import VERSIONS, seam
 from llm_adapt.frameworks.stand_ins import triton, wgrad
-from llm_adapt.patching import Loan, Patch, Row
+from llm_adapt.patching import Loan, Row
 
 __all__ = ["VERSIONS", "rows"]
 
-VERSIONS = "megatron-core 0.12 to 0.19"
+# Each has `rows(context)`, and decides by ops="off" itself: some of its rows are needed for a script to run.
+_TABLES = (norms, attention, softmax, rotary, activations, losses, checkpoints, moe, experts, optimizer, multi_tensor)
 
 # Only for replacements that rely on the body of what they replace; wrappers call the original and need none.
 # A body that is none of these is left alone, and then it raises where the seam was needed: no wrong numbers.
 _BODIES: dict[str, Mapping[str, str]] = {
-    "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__": {
-        "0.12 to 0.16": "ba0629be43e2",
-        "0.17 to 0.19": "f4b37eb6d00a",
-    },
     "megatron.core.datasets.utils:compile_helpers": {"0.12 to 0.19": "3a4a9f188f26"},
     "megatron.core.fusions.fused_softmax:FusedScaleMaskSoftmax.is_kernel_available": {"0.12 to 0.19": "6593540a2a54"},
     "megatron.legacy.fused_kernels:load": {"0.12 to 0.16": "4782a6a21539"},
 }
 
 
-def _seam(target: str, new: Any, reason: str, kind: Any = "wrap") -> Patch:
-    """A row of this table: a target that a version lacks is a reported skip."""
-    bodies = _BODIES.get(target, {})
-    return Patch(target, new, reason, kind=kind, optional=True, versions=VERSIONS, fingerprints=bodies)
+def _seam(target: str, new: Any, reason: str, kind: Any = "wrap") -> Row:
+    return seam(target, new, reason, kind, _BODIES.get(target))
 
 
 def rows(context: Context) -> list[Row]:
-    """All rows for Megatron-Core and for Megatron-LM's training loop; none where the device is torch.cuda."""
+    """All rows for Megatron-Core and for Megatron-LM's training loop."""
+    found = [row for table in _TABLES for row in table.rows(context)]
     if not context.adapter.needs_facade:
-        return []
-    found = _packages() + _functions(context)
+        return found
+    found += _packages() + _functions(context)
     if context.adapter.device_type == "cpu":
         tracker = "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork"
         found.append(_seam(tracker, repairs.quiet_fork, "the CPU and the device share one generator"))
@@ -85,15 +96,14 @@ def _packages() -> list[Row]:
 def _functions(context: Context) -> list[Row]:
     """Functions that assume CUDA, TransformerEngine or a certain interpreter."""
     core, training = "megatron.core", "megatron.training"
-    norm, softmax = f"{core}.transformer.torch_norm", f"{core}.fusions.fused_softmax:FusedScaleMaskSoftmax"
+    fused_softmax = f"{core}.fusions.fused_softmax:FusedScaleMaskSoftmax"
     config = f"{core}.transformer.transformer_config:TransformerConfig"
     no_softmax = "the fused softmax is a CUDA extension; torch's softmax computes the same"
     no_fuser = "functions are fused by torch.compile for CUDA only"
     no_build = "CUDA extensions cannot be built here"
     return [
         _seam(f"{core}.jit:jit_fuser", repairs.no_fuser, no_fuser, "replace"),
-        _seam(f"{norm}:WrappedTorchNorm.__new__", norms.wrapped, "norms without apex and TransformerEngine"),
-        _seam(f"{softmax}.is_kernel_available", repairs.never, no_softmax, "replace"),
+        _seam(f"{fused_softmax}.is_kernel_available", repairs.never, no_softmax, "replace"),
         _seam(f"{config}.__post_init__", repairs.unfused_rope(context.report), "rope without TransformerEngine"),
         _seam(f"{core}.datasets.utils:compile_helpers", repairs.compile_helpers, "builds for this interpreter"),
         _seam("megatron.legacy.fused_kernels:load", repairs.nothing, no_build, "replace"),

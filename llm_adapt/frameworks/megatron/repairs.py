@@ -138,10 +138,11 @@ def signal_device(adapter: DeviceAdapter) -> Callable[[Any], Any]:
 
 
 def unfused_rope(report: Report) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`TransformerConfig.__post_init__` that turns rope fusion off where its kernel is not installed.
+    """`TransformerConfig.__post_init__` that turns rope fusion off where nothing serves it.
 
     Megatron's scripts ask for it by default; its own unfused path computes the same rotation. The change is
-    written to the report.
+    written to the report. Where operators are called, they serve it without TransformerEngine too (rotary.py), but
+    for interleaved rope Megatron asks for TransformerEngine's version as well.
     """
 
     def wrap(original: Callable[..., None]) -> Callable[..., None]:
@@ -165,9 +166,11 @@ def _rope_kernel_lacks(config: Any) -> str:
     from megatron.core.models.common.embeddings import rope_utils
 
     kernels = ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")
-    if any(getattr(rope_utils, name, None) is not None for name in kernels):
-        return ""
-    return "TransformerEngine is not installed"
+    if not any(getattr(rope_utils, name, None) is not None for name in kernels):
+        return "TransformerEngine is not installed"
+    if getattr(config, "rotary_interleaved", False) and importlib.util.find_spec("transformer_engine") is None:
+        return "TransformerEngine is not installed, and its version is asked for interleaved rope"
+    return ""
 
 
 def connections_for_fsdp(report: Report) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -139,11 +139,11 @@ def test_in_the_pinned_version_every_row_resolves() -> None:
 
 
 def test_every_body_on_the_page_is_one_that_its_row_accepts() -> None:
-    """A row with fingerprints names the body of each version in which it resolves, and none that no version has."""
+    """A row with fingerprints names bodies that some version has; another body is left alone, and reported."""
     for row in seam_table.table():
         if isinstance(row, Patch) and row.fingerprints:
             bodies = {cells[row.target] for cells in WRITTEN.values() if FINGERPRINT.fullmatch(cells[row.target])}
-            assert bodies == set(row.fingerprints.values()), row.target
+            assert set(row.fingerprints.values()) <= bodies, row.target
 
 
 def test_a_changed_source_is_a_difference() -> None:

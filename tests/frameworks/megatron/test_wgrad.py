@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_adapt.frameworks.stand_ins.wgrad import modules, wgrad_gemm_accum_fp16, wgrad_gemm_accum_fp32
+from llm_adapt.ops import using
+from llm_adapt.ops.dispatch.receipt import receipt
 
 # Largest error relative to the largest value: a few units in the last place of each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -87,8 +89,45 @@ def test_fp16_refuses_mixed_dtypes() -> None:
 
 def test_sizes_that_do_not_fit_raise() -> None:
     """Rows that do not match are an error, not a broadcast."""
-    with pytest.raises(RuntimeError):
-        wgrad_gemm_accum_fp32(torch.ones(3, 4), torch.ones(2, 2), torch.zeros(2, 4))
+    for wgrad in (wgrad_gemm_accum_fp32, wgrad_gemm_accum_fp16):
+        with pytest.raises(ValueError, match="were expected"):
+            wgrad(torch.ones(3, 4), torch.ones(2, 2), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_add_nothing(dtype: torch.dtype) -> None:
+    """A micro-batch without tokens leaves main_grad as it is."""
+    main_grad = torch.randn(2, 4)
+    expected = main_grad.clone()
+    wgrad_gemm_accum_fp32(torch.ones(0, 4, dtype=dtype), torch.ones(0, 2, dtype=dtype), main_grad)
+    assert torch.equal(main_grad, expected)
+    narrow = main_grad.to(dtype)
+    wgrad_gemm_accum_fp16(torch.ones(0, 3, 4, dtype=dtype), torch.ones(0, 3, 2, dtype=dtype), narrow)
+    assert torch.equal(narrow, expected.to(dtype))
+
+
+def test_fp32_takes_inputs_of_two_dtypes() -> None:
+    """A gradient of float32 beside an input of bfloat16 is added in float32."""
+    x, dy, main_grad = torch.randn(3, 4).bfloat16(), torch.randn(3, 2), torch.zeros(2, 4)
+    wgrad_gemm_accum_fp32(x, dy, main_grad)
+    torch.testing.assert_close(main_grad, dy.t() @ x.float())
+
+
+def test_the_operator_computes_it() -> None:
+    """Both functions are calls of wgrad_accumulate: a library that the policy chooses serves them."""
+    for library in ("reference", "torch_native"):
+        for wgrad, dtype in ((wgrad_gemm_accum_fp32, torch.bfloat16), (wgrad_gemm_accum_fp16, torch.bfloat16)):
+            before = calls_of(library)
+            grad = torch.zeros(2, 4) if wgrad is wgrad_gemm_accum_fp32 else torch.zeros(2, 4, dtype=dtype)
+            with using(f"wgrad_accumulate={library}"):
+                wgrad(torch.ones(3, 4, dtype=dtype), torch.ones(3, 2, dtype=dtype), grad)
+                assert calls_of(library) == before + 1
+            assert grad.eq(3).all()
+
+
+def calls_of(library: str) -> int:
+    """How often a library has served the operator in this block."""
+    return sum(row["calls"] for row in receipt() if row["op"] == "wgrad_accumulate" and row["library"] == library)
 
 
 def test_the_package_has_the_two_functions_and_nothing_else() -> None:
