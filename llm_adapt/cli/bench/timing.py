@@ -1,0 +1,135 @@
+"""Timing: candidates of one call in turn, round after round, and what order statistics say of their medians.
+
+Turns make whatever drifts (clocks, other work on the machine) fall on all candidates alike, and ratios are formed
+within a round. On the CPU a sample is the mean of a few calls by the host's clock. On an accelerator each call lies
+between two events of the device, behind a write of twice the last-level cache, so that it finds nothing there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+__all__ = ["Clock", "DeviceClock", "HostClock", "Interval", "interval", "ratio", "take_turns"]
+
+Act = Callable[[], Any]
+LEAST_ROUNDS = 6  # the fewest whose smallest and largest enclose the median with a confidence of 95 %
+_SAMPLE_S = 1e-3  # a sample on the CPU is at least so long: the clock's own cost disappears in it
+
+
+class Interval(NamedTuple):
+    """A median and the interval that holds it with the confidence that was asked."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Clock(Protocol):
+    """How long an act takes."""
+
+    def sample(self, act: Act, calls: int) -> float:
+        """Seconds of one call, of so many made."""
+
+
+class HostClock:
+    """The host's clock: for the CPU, and for simulated devices, whose queue `wait` waits for."""
+
+    def __init__(self, wait: Act | None = None) -> None:
+        self.wait = wait
+
+    def sample(self, act: Act, calls: int) -> float:
+        """The mean of the calls."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            act()
+        if self.wait is not None:
+            self.wait()
+        return (time.perf_counter() - start) / calls
+
+
+class DeviceClock:
+    """Events of an accelerator around each call, behind a write that empties its cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.module: Any = getattr(torch, device.type)
+        properties = self.module.get_device_properties(device)
+        size = 2 * int(getattr(properties, "L2_cache_size", 0) or 2**27)
+        self.cache = torch.empty(size, dtype=torch.int8, device=device)
+
+    def sample(self, act: Act, calls: int) -> float:
+        """The median of the calls."""
+        pairs = []
+        for _ in range(calls):
+            self.cache.zero_()
+            start, end = (self.module.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            act()
+            end.record()
+            pairs.append((start, end))
+        self.module.synchronize()
+        return interval([start.elapsed_time(end) / 1e3 for start, end in pairs]).median
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def take_turns(acts: Mapping[str, Act], clock: Clock, budget_s: float, most_rounds: int = 30) -> dict[str, list[float]]:
+    """Seconds of each act, one sample a round. The order moves by one each round.
+
+    Args:
+        budget_s: no new round begins after so many seconds, but for the least number of rounds.
+    """
+    names = list(acts)
+    calls = {}
+    with _no_collector():
+        for name in names:
+            acts[name]()  # compiles, chooses, fills caches
+            calls[name] = max(1, min(200, math.ceil(_SAMPLE_S / max(clock.sample(acts[name], 1), 1e-7))))
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        start = time.perf_counter()
+        for number in range(most_rounds):
+            if number >= LEAST_ROUNDS and time.perf_counter() - start > budget_s:
+                break
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                samples[name].append(clock.sample(acts[name], calls[name]))
+    return samples
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The median, and the two order statistics that enclose the true one with that confidence (the widest, if none).
+
+    The number of values below the true median is binomial with p = 1/2, whatever the distribution.
+    """
+    ordered = sorted(values)
+    number = len(ordered)
+    if not number:
+        return Interval(math.nan, math.nan, math.nan)
+    middle = (ordered[(number - 1) // 2] + ordered[number // 2]) / 2
+    rank, tail = 0, 2.0**-number  # P(at most `rank` values lie below)
+    while rank + 1 < (number + 1) // 2:
+        more = tail + math.comb(number, rank + 1) * 2.0**-number
+        if 2 * more > 1 - confidence:
+            break
+        rank, tail = rank + 1, more
+    return Interval(middle, ordered[rank], ordered[number - 1 - rank])
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> Interval:
+    """base / other, round by round: above 1 the other is faster."""
+    return interval([a / b for a, b in zip(base, other, strict=True)])
