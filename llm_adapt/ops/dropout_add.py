@@ -60,12 +60,7 @@ def dropout_add(
     Raises: ValueError for p outside [0, 1] or a residual or bias of another shape.
     Source: Srivastava et al. 2014; fused_bias_dropout of Megatron-Core 0.16.1 (the dtype of residual).
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_add: p={p} was given; a probability lies in [0, 1].")
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"dropout_add: residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; they must be equal."
-        )
+    check_dropout(x, residual, p)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
     if bias is not None:
@@ -83,3 +78,13 @@ def _kept(seed: int, p: float, x: torch.Tensor) -> torch.Tensor:
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
     return kept(seed, p, 1, 1, slice(0, rows), slice(0, columns), x.device).view(x.shape)
+
+
+def check_dropout(x: torch.Tensor, residual: torch.Tensor, p: float) -> None:
+    """Refuse what is no probability, and a residual of another shape; for kernels as well."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_add: p={p} was given; a probability lies in [0, 1].")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"dropout_add: residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; they must be equal."
+        )

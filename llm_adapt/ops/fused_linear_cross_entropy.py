@@ -206,6 +206,33 @@ def fused_linear_cross_entropy(
     Source: Hsu et al. 2024 (Liger Kernel), section 3.2; Wijmans et al. 2024 (Cut Your Losses in Large-Vocabulary
     Language Models).
     """
+    check_head(hidden, weight, target, bias, class_weight, label_smoothing, logit_softcap, reduction, chunk_rows)
+    rows = rows_of_chunk(chunk_rows, weight)
+    options = _Options(ignore_index, label_smoothing, logit_scale, logit_softcap, rows)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss, lse = _ChunkedLosses.apply(flat, weight, bias, target.reshape(-1), class_weight, tuple(options))
+    loss, lse = loss.view(target.shape), lse.view(target.shape)
+    z = torch.where(target == ignore_index, 0.0, z_loss * lse.square()) if z_loss else torch.zeros_like(loss)
+    return reduced(loss, z, target, class_weight, ignore_index, reduction)
+
+
+def rows_of_chunk(chunk_rows: int | None, weight: torch.Tensor) -> int:
+    """Rows of logits at a time; for kernels as well."""
+    return chunk_rows or max(1, _MOST_LOGITS // max(1, weight.shape[0]))
+
+
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    label_smoothing: float,
+    logit_softcap: float | None,
+    reduction: str,
+    chunk_rows: int | None,
+) -> None:
+    """Refuse shapes, dtypes and options that give no loss; for kernels as well."""
     name, sizes = "fused_linear_cross_entropy", (*hidden.shape[:-1], weight.shape[0])
     check_losses(name, target, sizes, class_weight, label_smoothing, logit_softcap, reduction)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -216,10 +243,3 @@ def fused_linear_cross_entropy(
         raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) was expected.")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{name}: chunk_rows={chunk_rows} was given; it must be at least 1, or None.")
-    rows = chunk_rows or max(1, _MOST_LOGITS // max(1, weight.shape[0]))
-    options = _Options(ignore_index, label_smoothing, logit_scale, logit_softcap, rows)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, lse = _ChunkedLosses.apply(flat, weight, bias, target.reshape(-1), class_weight, tuple(options))
-    loss, lse = loss.view(target.shape), lse.view(target.shape)
-    z = torch.where(target == ignore_index, 0.0, z_loss * lse.square()) if z_loss else torch.zeros_like(loss)
-    return reduced(loss, z, target, class_weight, ignore_index, reduction)

@@ -72,12 +72,7 @@ def moe_permute(
     Raises: ValueError for shapes that do not fit.
     Source: Megatron-Core 0.16 core/transformer/moe/moe_utils.py, permute; without num_out_tokens it counts the map.
     """
-    experts = _checked(tokens, routing_map, num_out_tokens, probs, drop_and_pad)
-    if topk is not None and (drop_and_pad or num_out_tokens != topk * tokens.shape[0]):
-        raise ValueError(
-            f"moe_permute: topk={topk} of {tokens.shape[0]} tokens does not go with num_out_tokens={num_out_tokens}, "
-            f"drop_and_pad={drop_and_pad}; leave it out where tokens are dropped or padded."
-        )
+    experts = checked_experts(tokens, routing_map, num_out_tokens, probs, drop_and_pad, topk)
     chosen = routing_map.detach().bool().t()
     if drop_and_pad:
         # False sorts behind True, and equals stay in their order.
@@ -87,9 +82,9 @@ def moe_permute(
         return tokens.index_select(0, indices), None if probs is None else probs[indices, expert], indices
     pair = _pairs(chosen, num_out_tokens)
     is_row = pair >= 0
-    if not tokens.shape[0]:
-        empty = None if probs is None else probs.new_zeros(num_out_tokens)
-        return tokens.new_zeros(num_out_tokens, tokens.shape[1]), empty, pair
+    if not tokens.shape[0]:  # sums of nothing, which stay in the graph
+        permuted = tokens.sum(0, keepdim=True).to(tokens.dtype).expand(num_out_tokens, -1)
+        return permuted, None if probs is None else probs.sum().to(probs.dtype).expand(num_out_tokens), pair
     indices, expert = pair.clamp(min=0) % tokens.shape[0], pair.clamp(min=0) // tokens.shape[0]
     permuted = torch.where(is_row.unsqueeze(1), tokens.index_select(0, indices), 0)
     permuted_probs = None if probs is None else torch.where(is_row, probs[indices, expert], 0)
@@ -106,10 +101,15 @@ def _pairs(chosen: torch.Tensor, count: int) -> torch.Tensor:
     return found.scatter(0, row, torch.arange(flat.shape[0], device=chosen.device))[:count]
 
 
-def _checked(
-    tokens: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int, probs: torch.Tensor | None, drop_and_pad: bool
+def checked_experts(
+    tokens: torch.Tensor,
+    routing_map: torch.Tensor,
+    num_out_tokens: int,
+    probs: torch.Tensor | None,
+    drop_and_pad: bool,
+    topk: int | None,
 ) -> int:
-    """The number of experts, after the shapes were checked."""
+    """The number of experts, after the arguments of `moe_permute` were checked; for its kernels as well."""
     if tokens.ndim != 2 or routing_map.ndim != 2 or routing_map.shape[0] != tokens.shape[0]:
         raise ValueError(
             f"moe_permute: tokens [T, H] and routing_map [T, E] were expected; found {tuple(tokens.shape)} and "
@@ -124,5 +124,10 @@ def _checked(
         raise ValueError(
             f"moe_permute: drop_and_pad with num_out_tokens={num_out_tokens} was asked; it must be a multiple of the "
             f"{experts} experts, each of at most {tokens.shape[0]} rows."
+        )
+    if topk is not None and (drop_and_pad or num_out_tokens != topk * tokens.shape[0]):
+        raise ValueError(
+            f"moe_permute: topk={topk} of {tokens.shape[0]} tokens does not go with num_out_tokens={num_out_tokens}, "
+            f"drop_and_pad={drop_and_pad}; leave it out where tokens are dropped or padded."
         )
     return experts

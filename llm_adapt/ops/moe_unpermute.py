@@ -83,28 +83,25 @@ def moe_unpermute(
     Raises: ValueError for shapes that do not fit, and for probs without routing_map.
     Source: Megatron-Core 0.16 core/transformer/moe/moe_utils.py, unpermute (which sums in the wider of both dtypes).
     """
-    _check(permuted, sorted_indices, num_tokens, probs, routing_map, drop_and_pad)
-    if topk is not None and (drop_and_pad or permuted.shape[0] != topk * num_tokens):
-        raise ValueError(
-            f"moe_unpermute: topk={topk} of {num_tokens} tokens does not go with {permuted.shape[0]} rows, "
-            f"drop_and_pad={drop_and_pad}; leave it out where tokens were dropped or padded."
-        )
+    check_rows(permuted, sorted_indices, num_tokens, probs, routing_map, drop_and_pad, topk)
     wide = torch.promote_types(permuted.dtype, torch.float32)
     is_row = sorted_indices >= 0
     # Left out before anything is computed of them: what stands there may be nan.
     rows = torch.where(is_row.unsqueeze(1), permuted, 0).to(wide)
     if probs is not None and routing_map is not None and num_tokens:
-        expert = _experts(sorted_indices, routing_map, drop_and_pad)
+        expert = experts_of(sorted_indices, routing_map, drop_and_pad)
         weight = probs[sorted_indices.clamp(min=0), expert].to(wide)
         rows = rows * weight.unsqueeze(1)
     # One token more takes the rows that belong to none.
     token = torch.where(is_row, sorted_indices, num_tokens)
     summed = torch.zeros(num_tokens + 1, permuted.shape[1], dtype=wide, device=permuted.device)
-    return summed.index_add(0, token, rows)[:num_tokens].to(permuted.dtype)
+    y = summed.index_add(0, token, rows)[:num_tokens].to(permuted.dtype)
+    # Of no tokens there is nothing to weigh; the probs stay in the graph.
+    return y if num_tokens or probs is None else y + probs.sum().to(y.dtype)
 
 
-def _experts(sorted_indices: torch.Tensor, routing_map: torch.Tensor, drop_and_pad: bool) -> torch.Tensor:
-    """The expert [R] of each row."""
+def experts_of(sorted_indices: torch.Tensor, routing_map: torch.Tensor, drop_and_pad: bool) -> torch.Tensor:
+    """The expert [R] of each row; for kernels as well."""
     count, experts = sorted_indices.shape[0], routing_map.shape[1]
     rows = torch.arange(count, device=sorted_indices.device)
     if drop_and_pad:
@@ -114,15 +111,16 @@ def _experts(sorted_indices: torch.Tensor, routing_map: torch.Tensor, drop_and_p
     return torch.searchsorted(ends, rows, right=True).clamp(max=experts - 1)
 
 
-def _check(
+def check_rows(
     permuted: torch.Tensor,
     sorted_indices: torch.Tensor,
     num_tokens: int,
     probs: torch.Tensor | None,
     routing_map: torch.Tensor | None,
     drop_and_pad: bool,
+    topk: int | None,
 ) -> None:
-    """Refuse shapes that do not fit."""
+    """Refuse arguments of `moe_unpermute` that do not fit; for its kernels as well."""
     if permuted.ndim != 2 or sorted_indices.shape != permuted.shape[:1]:
         raise ValueError(
             f"moe_unpermute: permuted [R, H] and sorted_indices [R] were expected; found {tuple(permuted.shape)} and "
@@ -130,6 +128,11 @@ def _check(
         )
     if num_tokens < 0:
         raise ValueError(f"moe_unpermute: num_tokens={num_tokens} was asked; give 0 or more.")
+    if topk is not None and (drop_and_pad or permuted.shape[0] != topk * num_tokens):
+        raise ValueError(
+            f"moe_unpermute: topk={topk} of {num_tokens} tokens does not go with {permuted.shape[0]} rows, "
+            f"drop_and_pad={drop_and_pad}; leave it out where tokens were dropped or padded."
+        )
     if (probs is None) != (routing_map is None):
         raise ValueError("moe_unpermute: probs and routing_map say together what a row weighs; give both or neither.")
     if probs is None or routing_map is None:

@@ -48,11 +48,7 @@ def multi_tensor_scale(
     Raises: ValueError for lists of different lengths or shapes.
     Source: NVIDIA apex csrc/multi_tensor_scale_kernel.cu; Megatron-Core 0.16 core/utils.py.
     """
-    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in outputs]:
-        raise ValueError(
-            f"multi_tensor_scale: tensors and outputs of the same shapes were expected; found {len(tensors)} and "
-            f"{len(outputs)} tensors, or shapes that differ."
-        )
+    check_lists(tensors, outputs)
     with torch.no_grad():
         for tensor, output in zip(tensors, outputs, strict=True):
             value = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -63,3 +59,12 @@ def multi_tensor_scale(
             if device_scale is not None:
                 value = value * device_scale.to(value.device, value.dtype).reshape(())
             output.copy_(value)
+
+
+def check_lists(tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+    """Refuse lists that do not fit; for kernels as well."""
+    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in outputs]:
+        raise ValueError(
+            f"multi_tensor_scale: tensors and outputs of the same shapes were expected; found {len(tensors)} and "
+            f"{len(outputs)} tensors, or shapes that differ."
+        )

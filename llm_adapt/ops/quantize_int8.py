@@ -11,7 +11,7 @@ from llm_adapt.ops.dispatch import fused_op
 
 __all__ = ["quantize_int8"]
 
-_LARGEST = 127  # -128 is not used: the scale is symmetric
+LARGEST = 127  # -128 is not used: the scale is symmetric
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -47,13 +47,18 @@ def quantize_int8(x: torch.Tensor, smooth_scale: torch.Tensor | None = None) -> 
 
 def rounded_rows(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_int8`, for references of other ops."""
+    check_scale(x, smooth_scale)
+    rows = x.float() if smooth_scale is None else x.float() * smooth_scale.float()
+    scale = rows.abs().amax(-1) / LARGEST
+    divisor = torch.where(scale > 0, scale, 1).unsqueeze(-1)
+    return (rows / divisor).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
+
+
+def check_scale(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> None:
+    """Refuse rows without a column, and a scale of other columns; for kernels as well."""
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"quantize_int8: rows of at least one column were expected; found x {tuple(x.shape)}.")
     if smooth_scale is not None and smooth_scale.shape != x.shape[-1:]:
         raise ValueError(
             f"quantize_int8: smooth_scale must be of shape {tuple(x.shape[-1:])}; found {tuple(smooth_scale.shape)}."
         )
-    rows = x.float() if smooth_scale is None else x.float() * smooth_scale.float()
-    scale = rows.abs().amax(-1) / _LARGEST
-    divisor = torch.where(scale > 0, scale, 1).unsqueeze(-1)
-    return (rows / divisor).round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scale

@@ -63,17 +63,14 @@ def router_aux_loss(
     if num_tokens is not None and num_tokens_tensor is not None:
         raise ValueError("router_aux_loss: num_tokens and num_tokens_tensor were both given; give one of them.")
     wide = torch.promote_types(probs.dtype, torch.float32)
-    rows = probs.to(wide)
-    if padding_mask is not None:
-        rows = rows.masked_fill(padding_mask.unsqueeze(1), 0)
-    if num_tokens_tensor is not None:
-        count = num_tokens_tensor.detach().to(wide)
-    elif num_tokens is None and padding_mask is not None:
-        count = (~padding_mask).sum().to(wide)
-    else:
-        # Filled, not copied from the host: a number costs no synchronisation.
-        count = torch.full((), probs.shape[0] if num_tokens is None else num_tokens, dtype=wide, device=probs.device)
-    # Divided before it is multiplied: sums of probs and counts are of the order of N each.
-    shares = rows.sum(0) / count.clamp(min=1)
-    loads = tokens_per_expert.detach().to(wide) / count.clamp(min=1)
-    return (shares * loads).sum() * (coeff * (num_experts or probs.shape[1]) / topk)
+    rows = probs if padding_mask is None else probs.masked_fill(padding_mask.unsqueeze(1), 0)
+    sums = rows.sum(0, dtype=wide)
+    loads = tokens_per_expert.detach().to(wide)
+    factor = coeff * (num_experts or probs.shape[1]) / topk
+    if num_tokens_tensor is None and (num_tokens is not None or padding_mask is None):
+        # The host knows N. A product of sums of the order of N each is far from the largest float32.
+        count = max(probs.shape[0] if num_tokens is None else num_tokens, 1)
+        return torch.dot(sums, loads) * (factor / (count * count))
+    known = (~padding_mask).sum() if num_tokens_tensor is None else num_tokens_tensor.detach()  # type: ignore[operator]
+    number = known.to(wide).clamp(min=1)
+    return torch.dot(sums / number, loads / number) * factor

@@ -86,34 +86,38 @@ def topk_router(
     Source: Megatron-Core 0.16 core/transformer/moe/moe_utils.py; DeepSeek-V3 2024, section 2.1.2; transformers 5
         models mixtral, qwen3_moe, gpt_oss, deepseek_v2 and deepseek_v3.
     """
-    _check(logits, expert_bias, topk, score_function, renormalize, scaling_factor, rounding)
+    check_router(logits, expert_bias, topk, score_function, renormalize, scaling_factor, rounding)
     _check_form(capacity_factor, drop_policy, pad_to_capacity, form)
-    _check_groups(logits.shape[1], topk, num_groups, group_topk, scores_per_group)
-    scores = _scores(logits, score_function, rounding)
+    check_groups(logits.shape[1], topk, num_groups, group_topk, scores_per_group)
+    scores = scores_of(logits, score_function, rounding)
     choice = scores.detach()
     if expert_bias is not None:
         choice = choice + expert_bias.detach().to(choice.dtype)
     if num_groups is not None and group_topk is not None:
         choice = _within_groups(choice, num_groups, group_topk, scores_per_group or topk // group_topk)
     experts = _largest(choice, topk)
-    probs = scores.gather(1, experts)
-    if score_function == "softmax_of_chosen":
-        probs = probs.softmax(-1)
-    if renormalize:
-        probs = probs / (probs.sum(-1, keepdim=True) + _EPSILON)
-    probs = (probs * scaling_factor).to(probs_dtype or logits.dtype)
+    probs = chosen_probs(scores.gather(1, experts), score_function, renormalize, scaling_factor)
+    probs = probs.to(probs_dtype or logits.dtype)
     if form == "indices":
         return probs, experts
     return _mapped(probs, experts, logits.shape[1], capacity_factor, drop_policy, pad_to_capacity)
 
 
-def _scores(logits: torch.Tensor, score_function: str, rounding: str) -> torch.Tensor:
-    """Scores [T, E] of the experts, in float32 or float64; the logits where these choose."""
+def scores_of(logits: torch.Tensor, score_function: str, rounding: str) -> torch.Tensor:
+    """Scores [T, E] of the experts, in float32 or float64; the logits where these choose. For kernels as well."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if score_function == "softmax_of_chosen":
         return wide
     scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()
     return scores.to(logits.dtype).to(wide.dtype) if rounding == "scores" else scores
+
+
+def chosen_probs(scores: torch.Tensor, score_function: str, renormalize: bool, scaling_factor: float) -> torch.Tensor:
+    """The probabilities [T, K] of the chosen experts from their scores; for kernels as well."""
+    probs = scores.softmax(-1) if score_function == "softmax_of_chosen" else scores
+    if renormalize:
+        probs = probs / (probs.sum(-1, keepdim=True) + _EPSILON)
+    return probs if scaling_factor == 1.0 else probs * scaling_factor
 
 
 def _mapped(
@@ -159,7 +163,7 @@ def _kept(probs: torch.Tensor, routing_map: torch.Tensor, capacity: int, drop_po
     return torch.zeros_like(routing_map).scatter(0, tokens, True)
 
 
-def _check(
+def check_router(
     logits: torch.Tensor,
     expert_bias: torch.Tensor | None,
     topk: int,
@@ -168,7 +172,7 @@ def _check(
     scaling_factor: float,
     rounding: str,
 ) -> None:
-    """Refuse shapes and scores that have no meaning."""
+    """Refuse shapes and scores that have no meaning; for kernels as well."""
     if logits.ndim != 2:
         raise ValueError(f"topk_router: logits [T, E] were expected; found {tuple(logits.shape)}. Flatten the tokens.")
     experts = logits.shape[1]
@@ -209,10 +213,10 @@ def _check_form(capacity_factor: float | None, drop_policy: str, pad_to_capacity
         )
 
 
-def _check_groups(
+def check_groups(
     experts: int, topk: int, num_groups: int | None, group_topk: int | None, scores_per_group: int | None
 ) -> None:
-    """Refuse groups that cannot hold the choice."""
+    """Refuse groups that cannot hold the choice; for kernels as well."""
     if num_groups is None and group_topk is None and scores_per_group is None:
         return
     found = f"num_groups={num_groups}, group_topk={group_topk}, scores_per_group={scores_per_group}"

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.moe import moe_utils
 
+from llm_adapt.ops.dispatch.in_force import using
+from llm_adapt.ops.dispatch.policy import Policy
 from llm_adapt.ops.moe_permute import moe_permute
 from llm_adapt.ops.moe_unpermute import moe_unpermute
 
@@ -139,6 +141,22 @@ def test_rows_without_a_token_may_hold_anything() -> None:
     dy, dprobs = torch.autograd.grad(found.sum(), (y, probs))
     assert dy.tolist() == [[1, 1], [1, 1], [0, 0]]
     assert dprobs.tolist() == [[2], [2]]
+
+
+@pytest.mark.parametrize("library", ["reference", "torch_native"])
+def test_no_tokens_stay_in_the_graph(library: str) -> None:
+    """Of no tokens the gradients of tokens, rows and probs are empty, not missing, also with rows of padding."""
+    x, probs = torch.empty(0, 4, requires_grad=True), torch.empty(0, 3, requires_grad=True)
+    routing_map = torch.zeros(0, 3, dtype=torch.bool)
+    with using(Policy(choose={"moe_permute": library})):
+        for count in (0, 2):
+            permuted, permuted_probs, rows = moe_permute(x, routing_map, count, probs)
+            assert (permuted.shape, permuted_probs.shape, rows.tolist()) == ((count, 4), (count,), [-1] * count)
+            assert [grad.shape for grad in gradients(permuted, x)] == [(0, 4)]
+            assert [grad.shape for grad in gradients(permuted_probs, probs)] == [(0, 3)]
+    y = moe_unpermute(torch.ones(2, 4, requires_grad=True), torch.tensor([-1, -1]), 0, probs, routing_map)
+    assert y.shape == (0, 4)
+    assert gradients(y, probs)[0].shape == (0, 3)
 
 
 def test_tensors_of_any_strides() -> None:

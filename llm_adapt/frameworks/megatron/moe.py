@@ -5,9 +5,6 @@ T tokens, E experts, K experts a token, H hidden size, R rows after permutation:
 With TransformerEngine, fused=True is its own. Without it Megatron raises there; here the operators compute what is
 asked. What an operator does not compute (a replayed choice, scores of another form, a choice made in 16 bits) goes to
 Megatron's own function, with a line in the report.
-
-On the CPU some operators have no kernel, and their references take longer than Megatron's functions: there these stay,
-also in the place of their fused forms, unless the policy names the operator (ops="moe_permute=reference").
 """
 
 from __future__ import annotations
@@ -65,15 +62,6 @@ _BODIES: dict[str, Mapping[str, str]] = {
     "MoEAlltoAllTokenDispatcher.preprocess": {"0.13 to 0.15": "c91ccdf0f11e", "0.16 to 0.19": "a45fef32f296"},
 }
 
-# Time of the operator as a multiple of Megatron's on two CPU cores, forward and backward, of 4096 tokens, 1024
-# columns, 8 experts, float32 and bfloat16.
-_ON_THE_CPU = {
-    "topk_router": "1.0 to 1.4 times",
-    "router_aux_loss": "1.3 times",
-    "moe_permute": "1.0 to 4.7 times",
-    "moe_unpermute": "1.4 to 7.7 times",
-}
-
 
 def rows(context: Context) -> list[Row]:
     """Rows of moe_utils and of the dispatcher that counts its rows; none with ops="off"."""
@@ -87,17 +75,11 @@ def rows(context: Context) -> list[Row]:
         ("permute", "moe_permute", permutation.permute(has_te), "rows by expert"),
         ("unpermute", "moe_unpermute", permutation.unpermute(has_te), "rows by token"),
     ]
-    found: list[Row] = []
-    for name, op, new, what in table:
-        if op in _ON_THE_CPU and context.adapter.device_type == "cpu" and not _is_named(context, op):
-            why = f"on the CPU operator {op} has no kernel and takes {_ON_THE_CPU[op]} as long"
-            found.append(_row(name, unfused(context.report, name, why, has_te), f"Megatron's own; {why}"))
-        else:
-            found.append(_row(name, new, f"operator {op}: {what}"))
+    found: list[Row] = [_row(name, new, f"operator {op}: {what}") for name, op, new, what in table]
     if not has_te:
         why = "no operator; without TransformerEngine fused=True is Megatron's own unfused form"
         name = "compute_routing_scores_for_aux_loss"
-        found.append(_row(name, unfused(context.report, name, why, has_te), why))
+        found.append(_row(name, unfused(context.report, name, why), why))
         reason = "fused=True without TransformerEngine: one gather, with no wait for the sizes"
         found.append(_row("sort_chunks_by_idxs", permutation.sort_chunks, reason))
         found += _names_of_fused_forms()
@@ -125,22 +107,11 @@ def _names_of_fused_forms() -> list[Row]:
     return [seam(f"{target}:{function.__name__}", function, reason, "add") for function in functions]
 
 
-def _is_named(context: Context, op: str) -> bool:
-    """Whether the user's policy says who serves this op: then it is served."""
-    from llm_adapt.ops.dispatch.policy import parse_policy
-
-    parts = parse_policy(context.settings.ops) if context.settings.ops else {}
-    names = {*parts.get("choose", {}), *(name for _, name, _ in parts.get("layers", ()))}
-    return op in names or "*" in names
-
-
-def unfused(report: Report, name: str, why: str, has_te: bool) -> Callable[[Function], Function]:
+def unfused(report: Report, name: str, why: str) -> Callable[[Function], Function]:
     """Megatron's own function, which also computes what fused=True asks of a TransformerEngine that is not there."""
 
     def wrap(original: Function) -> Function:
         report.once(f"megatron {name}", "Megatron's own", why)
-        if has_te:
-            return original
         place = list(inspect.signature(original).parameters).index("fused")
 
         @functools.wraps(original)

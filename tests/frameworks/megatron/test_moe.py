@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -298,30 +299,31 @@ def test_the_z_loss(mask: torch.Tensor | None) -> None:
     torch.testing.assert_close(gradients(found, logits), gradients(expected, logits))
 
 
-def test_the_cpu_keeps_what_is_faster_and_says_so() -> None:
-    """Functions whose operator has no CPU kernel stay Megatron's, with a line each, unless the policy names the op."""
-    asked = context()
-    rows = named(moe.rows(asked))
-    kept = {"topk_routing_with_score_function", "switch_load_balancing_loss_func", "permute", "unpermute"}
-    assert {name for name, row in rows.items() if row.reason.startswith("Megatron's own")} == kept
-    own = rows["permute"].new(moe_utils.permute)
-    (line,) = asked.report.lines
-    assert (line.subject, line.choice) == ("megatron permute", "Megatron's own")
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_every_function_reaches_its_operator_on_every_device(device: str) -> None:
+    """No function that has an operator stays Megatron's."""
+    rows = named(moe.rows(context(adapter=importlib.import_module(f"llm_adapt.adapters.{device}").ADAPTER)))
+    served = {
+        "topk_routing_with_score_function": "topk_router",
+        "switch_load_balancing_loss_func": "router_aux_loss",
+        "z_loss_func": "router_z_loss",
+        "permute": "moe_permute",
+        "unpermute": "moe_unpermute",
+    }
+    for name, op in served.items():
+        assert rows[name].reason.startswith(f"operator {op}")
+
+
+def test_what_has_no_operator_is_unfused_and_the_report_says_so() -> None:
+    """fused=True, by name or by place, gives what Megatron's own unfused function does."""
+    report = Report()
+    own = moe.unfused(report, "permute", "no operator")(moe_utils.permute)
+    (line,) = report.lines
+    assert (line.subject, line.choice, line.reason) == ("megatron permute", "Megatron's own", "no operator")
     x, routing_map = draw(3, 4), torch.ones(3, 2, dtype=torch.bool)
     for call in ((x, routing_map, None, 6, True), (x, routing_map)):
         assert torch.equal(own(*call)[0], moe_utils.permute(x, routing_map)[0])
     assert torch.equal(own(x, routing_map, fused=True)[0], moe_utils.permute(x, routing_map)[0])
-    for ops in ("*=reference", "moe_permute=reference", "*.mlp:moe_permute=reference"):
-        assert named(moe.rows(context(ops)))["permute"].reason.startswith("operator moe_permute")
-
-
-def test_another_device_uses_the_operators() -> None:
-    """Where the device is not the CPU every function reaches its operator."""
-    from llm_adapt.adapters.npu import ADAPTER as NPU
-
-    rows = named(moe.rows(context(adapter=NPU)))
-    assert not [name for name, row in rows.items() if row.reason.startswith("Megatron's own")]
-    assert rows["permute"].reason.startswith("operator")
 
 
 def test_nothing_is_planned_with_ops_off() -> None:

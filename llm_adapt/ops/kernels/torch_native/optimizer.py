@@ -6,8 +6,11 @@ import torch
 
 from llm_adapt.ops.adamw import check_step
 from llm_adapt.ops.dispatch import Call, kernel
+from llm_adapt.ops.multi_tensor_scale import check_lists
 
 __all__ = ["adamw", "clip_grads", "multi_tensor_l2norm", "multi_tensor_scale"]
+
+_PART = 2**18  # elements that stay in a cache: 1 MiB of float32
 
 
 def _mixed_lists(call: Call) -> str | None:
@@ -107,12 +110,24 @@ def multi_tensor_l2norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """A few kernels for the whole list."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     with torch.no_grad():
-        norms = torch._foreach_norm(tensors, 2, wide)
+        is_narrow = tensors[0].device.type == "cpu" and wide != tensors[0].dtype
+        norms = _norms_of_parts(tensors) if is_narrow else torch._foreach_norm(tensors, 2, wide)
         norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
 
+def _norms_of_parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Norms of parts that are widened into one buffer: a float32 copy of each tensor costs more than its norm."""
+    norms, wide = [], torch.empty(min(_PART, max(tensor.numel() for tensor in tensors)))
+    for tensor in tensors:
+        for part in tensor.reshape(-1).split(_PART):
+            norms.append(torch.linalg.vector_norm(wide[: part.numel()].copy_(part)))
+    return norms
+
+
 def _other_outputs(call: Call) -> str | None:
+    if call.device == "cpu" and call.found_inf is None and any(name.endswith("]") for name in call.tensors):
+        return None
     if call.found_inf is not None and (call.found_inf.dtype != torch.float32 or call.found_inf.ndim > 1):
         return "takes a found_inf of float32"
     if call.dtype == torch.float64:
@@ -131,6 +146,9 @@ def multi_tensor_scale(
     """A copy of the list, then the kernel of torch.amp.GradScaler, which looks for inf and nan as it scales."""
     with torch.no_grad():
         device = outputs[0].device
+        if device.type == "cpu" and found_inf is None:
+            _scale_on_the_host(tensors, outputs, device_scale, scale)
+            return
         flag = torch.zeros(1, device=device) if found_inf is None else found_inf.reshape(1)
         factor = torch.full((1,), scale, device=device)
         if device_scale is not None:
@@ -138,3 +156,18 @@ def multi_tensor_scale(
         if any(tensor is not output for tensor, output in zip(tensors, outputs, strict=True)):
             torch._foreach_copy_(outputs, tensors)
         torch._amp_foreach_non_finite_check_and_unscale_(outputs, flag, factor)
+
+
+def _scale_on_the_host(
+    tensors: list[torch.Tensor], outputs: list[torch.Tensor], device_scale: torch.Tensor | None, scale: float
+) -> None:
+    """One pass, or a widening copy and a product in place; a narrower output takes a product in the wider dtype."""
+    check_lists(tensors, outputs)
+    factor = scale if device_scale is None else scale * float(device_scale)
+    for tensor, output in zip(tensors, outputs, strict=True):
+        if tensor.dtype == output.dtype:
+            torch.mul(tensor, factor, out=output)
+        elif torch.promote_types(tensor.dtype, output.dtype) == output.dtype:
+            output.copy_(tensor).mul_(factor)
+        else:
+            output.copy_(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor)
