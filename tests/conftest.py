@@ -49,8 +49,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     simulated, name = config.getoption("--simulate"), config.getoption("--device")
     started = (simulated or name or "cpu").partition(":")[0]
     kept = [item for item in items if _belongs(item, started, bool(simulated))]
+    kept.sort(key=_imports_a_framework)  # stable
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
+
+
+def _imports_a_framework(item: pytest.Item) -> bool:
+    """Whether a test imports model files into this process: patch() tries each of them, so all others come first."""
+    parts = ("/megatron/", "/transformers/", "_upstream", "test_bench", "test_transformers")
+    return any(part in item.nodeid for part in parts)
 
 
 def _belongs(item: pytest.Item, started: str, is_simulated: bool) -> bool:

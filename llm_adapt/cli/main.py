@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
   llm-adapt ops                                     which kernel serves each fused operator here, and why
   llm-adapt explain rms_norm --shape 8,1024,4096    who would serve that call, and why the others would not
   llm-adapt diff a/report.json b/report.json        what two runs chose differently
-  llm-adapt bench --quick                           every operator against eager PyTorch, proved before it is timed
+  llm-adapt bench --quick                           every operator beside what frameworks run, proved before it is timed
   llm-adapt simulate try npu                        an Ascend NPU on host memory: torch_npu without the hardware
 """
 

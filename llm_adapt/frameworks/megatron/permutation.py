@@ -100,7 +100,7 @@ def _permuted(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     from llm_adapt.ops.moe_permute import moe_permute
 
-    if not tokens.shape[0]:  # as they are: what the operator makes of no tokens has no gradient
+    if not tokens.shape[0]:  # as they are
         indices = torch.empty(0, dtype=torch.int64, device=tokens.device)
         return tokens[:0], None if probs is None else probs.reshape(-1), indices
     topk = num_out_tokens.topk if isinstance(num_out_tokens, RowsOfTopk) else None

@@ -56,12 +56,13 @@ def on_one_rank() -> Iterator[None]:
     known = set(sys.modules)
     with llm_adapt.patched(device="cpu", ops="off"):
         torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state = importlib.import_module("megatron.core.parallel_state")
         try:
-            parallel_state = importlib.import_module("megatron.core.parallel_state")
             parallel_state.initialize_model_parallel()
             reseed(7)
             yield
         finally:
+            parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
     # The next test module, and tests of patch(), find a process without Megatron.
     for name in {name for name in sys.modules if name.partition(".")[0] == "megatron"} - known:
