@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from llm_adapt.ops.attention import attention
 from llm_adapt.ops.attention_parts import blocks, request
+from llm_adapt.ops.attention_parts.sdpa import sdpa
+from llm_adapt.ops.attention_parts.tolerances import ATTENTION
 from llm_adapt.ops.dispatch.choice import refusal
 from llm_adapt.ops.dispatch.proof import prove
 from llm_adapt.ops.dispatch.registry import Kernel, find_op, load_library
@@ -176,3 +178,18 @@ def test_seeds_and_lengths_on_the_host_do_not_keep_torchs_kernel_away() -> None:
     q = torch.zeros(1, 4, 2, 8)
     call = Case(OP, 0, q.dtype, OP.bind(q, q, q, seed=3, max_seqlen_q=4, max_seqlen_k=4, deterministic=True)).call
     assert refusal(OP, kernel_of("torch_native"), call) == ""
+
+
+def test_gradients_of_many_16_bit_queries_add_up_in_float32() -> None:
+    """Beyond 2048 queries torch's kernel for the CPU would lose gradients of key and value; they keep the tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(1, 4096, heads, 16, generator=generator).bfloat16() for heads in (4, 1, 1, 4))
+    found = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        y = sdpa(*leaves, None, "bshd", "top_left", -1, -1, None)
+        found[dtype] = torch.autograd.grad(y, leaves, dy.to(dtype))
+    rtol = ATTENTION.rtol(torch.bfloat16)  # of the output: a quarter of what gradients may have
+    for ours, exact in zip(found[torch.bfloat16], found[torch.float64], strict=True):
+        allowed = rtol * (exact.abs() + exact.square().mean().sqrt())
+        assert bool(((ours.double() - exact).abs() <= allowed).all())
