@@ -332,7 +332,7 @@ def test_the_report_has_the_receipt(tmp_path: Path) -> None:
 
     from llm_adapt.ops.rms_norm import rms_norm
 
-    with llm_adapt.patched(device="cpu", out=tmp_path) as report:
+    with llm_adapt.patched(device="cpu", out=tmp_path, ops="order=torch_native") as report:
         for _ in range(3):
             rms_norm(torch.ones(2, 4), torch.ones(4))
         assert [line.choice for line in report.lines if line.section == "op"] == ["torch_native"]

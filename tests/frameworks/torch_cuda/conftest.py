@@ -14,9 +14,9 @@ from llm_adapt.report import Report
 
 @pytest.fixture
 def facade() -> Iterator[Report]:
-    """CUDA is the CPU inside the test; torch's defaults are as before after it."""
+    """CUDA is the CPU inside the test, and nothing else is patched; torch's defaults are as before after it."""
     state = torch.get_rng_state()
-    with llm_adapt.patched(device="cpu", cpu_devices=2) as report:
+    with llm_adapt.patched(device="cpu", cpu_devices=2, ops="off") as report:
         yield report
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
