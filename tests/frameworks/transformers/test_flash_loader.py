@@ -67,7 +67,10 @@ def test_unpatch_puts_every_object_back() -> None:
         step(model, tokens(), padding("left", tokens()))
         text = str(report)
         assert "op: attention layout='thd'" in text
-        assert "chunked - first in order that serves, torch_native: does not honour" in text
+        assert (
+            "chunked - first in order that serves, openmp: has no kernel of this op; torch_native: does not honour"
+            in text
+        )
     changed = differences(during, before)
     assert {"attention sdpa", "sdpa", "lazy_import_flash_attention", "copy of the loader"} < changed
     assert {name for name in changed if name.startswith("mask")} == {f"mask {name}" for name in flash_loader.HUB_NAMES}

@@ -72,6 +72,8 @@ def test_every_input_of_an_op_is_computed_rightly(case: Case) -> None:
 def test_few_inputs_are_refused() -> None:
     """Nearly all inputs are taken, or would be if they were large: the test above is not empty by mistake."""
     reasons = {str(case): refusal(case.op, kernel_of(case.op), case.call) for case in CASES}
+    # Norms of lists are for 16 bits alone, and have tests of their own.
+    reasons = {name: reason for name, reason in reasons.items() if not name.startswith(("multi_tensor", "clip_grads"))}
     refused = {name for name, reason in reasons.items() if reason and not reason.startswith(SLOWER)}
     assert {name.partition("-")[0] for name in refused} == {"activation"}  # a bias for each element
     assert len(refused) == len(DTYPES)
