@@ -12,7 +12,7 @@ train: ## set up, then train a small GPT with Megatron-Core on this machine, ten
 	@python=$$(scripts/environment.sh megatron,bench) && set -x && \
 	$$python -m llm_adapt.cli run --nproc $(NPROC) --out $(OUT) examples/pretrain_gpt.py --out $(OUT)
 
-test: ## set up, then check style, types, layers and run the tests, those on simulated devices too (about 30 minutes)
+test: ## set up, then check style, types, layers and run the tests, those on simulated devices too (half an hour or so)
 	@python=$$(scripts/environment.sh megatron,transformers,dev) && set -x && \
 	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && \
 	$$(dirname $$python)/lint-imports && $$python scripts/devices_page.py --check && \

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.transformers import flash_loader, masks
+from llm_adapt.frameworks.transformers import VERSIONS, flash_loader, masks
 from llm_adapt.frameworks.transformers.seeds import drawn_seed
 from llm_adapt.patching import Patch, PlanItem
 from llm_adapt.report import Report
@@ -42,7 +42,7 @@ def rows(context: Context) -> list[PlanItem]:
             "attn_implementation='sdpa' is the attention operator",
             kind="wrap",
             optional=True,
-            versions="transformers 5.23 and 5.24",
+            versions=VERSIONS,
             fingerprints=_BODIES,
         ),
         *flash_loader.rows(context),

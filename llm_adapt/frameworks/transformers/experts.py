@@ -28,13 +28,12 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.transformers import MODEL_FILES
+from llm_adapt.frameworks.transformers import MODEL_FILES, VERSIONS
 from llm_adapt.patching import Patch, PlanItem, Survey
 
 __all__ = ["grouped_experts", "rows"]
 
 _MODULE = "transformers.integrations.moe"
-VERSIONS = "transformers 5.23 and 5.24"
 _WEIGHTS = {True: ("gate_up_proj", "down_proj"), False: ("up_proj", "down_proj")}
 _TORCHS = ("torch_native", "chunked")  # libraries made of torch's own operators
 Experts = Callable[..., Any]

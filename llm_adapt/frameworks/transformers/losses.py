@@ -16,12 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 from llm_adapt.frameworks.context import Context
+from llm_adapt.frameworks.transformers import VERSIONS
 from llm_adapt.patching import Patch, PlanItem
 
 __all__ = ["rows"]
 
 _MODULE = "transformers.loss.loss_utils"
-VERSIONS = "transformers 5.23 and 5.24"
 # Name -> fingerprint, and the reason. The replacements rely on these bodies: another body is left alone.
 _FUNCTIONS = {
     "fixed_cross_entropy": ("beafce25a7bd", "one kernel for the loss"),
