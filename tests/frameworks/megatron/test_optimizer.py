@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from llm_adapt.adapters.cpu import ADAPTER
 from llm_adapt.frameworks.context import Context
 from llm_adapt.frameworks.megatron import checkpoints
-from llm_adapt.frameworks.megatron import optimizer as rows_of_optimizer
-from llm_adapt.frameworks.megatron.optimizer import FusedAdam, instead_of_torch, not_torch, torch_for_offload
+from llm_adapt.frameworks.megatron import optimizer as megatron_adam
+from llm_adapt.frameworks.megatron.optimizer import instead_of_torch, not_torch, torch_for_offload
 from llm_adapt.report import Report
 from llm_adapt.settings import Settings
 from tests.frameworks.megatron import optimizer_checks
@@ -76,7 +76,7 @@ def test_twenty_steps_are_those_of_torch(
     """Parameters, moments and steps are those of torch.optim.AdamW and Adam, also of a parameter that is left out."""
     options: dict[str, Any] = {"lr": 0.02, "betas": betas, "weight_decay": decay, "amsgrad": amsgrad}
     ours, theirs = parameters(dtype), parameters(dtype)
-    fused = FusedAdam(ours, adam_w_mode=decoupled, **options)
+    fused = megatron_adam.FusedAdam(ours, adam_w_mode=decoupled, **options)
     plain = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **options)
     for optimizer, held in ((fused, ours), (plain, theirs)):
         run(optimizer, held, range(20), idle)
@@ -94,7 +94,7 @@ def test_twenty_steps_are_those_of_torch(
 @pytest.mark.parametrize("writer", ["FusedAdam", "AdamW"])
 def test_a_state_is_read_by_the_other_optimizer(writer: str) -> None:
     """What either of FusedAdam and AdamW writes, both read, and they go on as if nothing had happened."""
-    kinds: dict[str, Any] = {"FusedAdam": FusedAdam, "AdamW": torch.optim.AdamW}
+    kinds: dict[str, Any] = {"FusedAdam": megatron_adam.FusedAdam, "AdamW": torch.optim.AdamW}
     held = parameters()
     optimizer = kinds[writer](held, lr=0.02, weight_decay=0.1)
     run(optimizer, held, range(3))
@@ -118,7 +118,7 @@ def test_a_state_of_apex_is_read() -> None:
     kept = ("lr", "betas", "eps", "weight_decay", "params")
     groups = [{name: group[name] for name in kept} | {"bias_correction": True, "step": 3}]
     moments = {index: {name: s[name] for name in ("exp_avg", "exp_avg_sq")} for index, s in state["state"].items()}
-    fused = FusedAdam(held, lr=0.5)
+    fused = megatron_adam.FusedAdam(held, lr=0.5)
     fused.load_state_dict({"state": copy.deepcopy(moments), "param_groups": groups})
     with torch.no_grad():
         for mine, other in zip(held, theirs, strict=True):
@@ -132,7 +132,7 @@ def test_a_state_of_apex_is_read() -> None:
 def test_one_step_tensor_of_all_parameters_is_counted_once() -> None:
     """Megatron loads one tensor as the step of every parameter."""
     held, theirs = parameters(), parameters()
-    fused, plain = FusedAdam(held, lr=0.02), torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.0)
+    fused, plain = megatron_adam.FusedAdam(held, lr=0.02), torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.0)
     for optimizer, tensors in ((fused, held), (plain, theirs)):
         run(optimizer, tensors, range(2))
     shared = torch.tensor(2.0)
@@ -147,7 +147,7 @@ def test_one_step_tensor_of_all_parameters_is_counted_once() -> None:
 def test_moments_that_megatron_made_before_loading_are_used() -> None:
     """A state with moments and no step, and none in the group, begins at the first step."""
     held, theirs = parameters(), parameters()
-    fused, plain = FusedAdam(held, lr=0.02), torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.0)
+    fused, plain = megatron_adam.FusedAdam(held, lr=0.02), torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.0)
     for p in held:
         fused.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for optimizer, tensors in ((fused, held), (plain, theirs)):
@@ -158,7 +158,7 @@ def test_moments_that_megatron_made_before_loading_are_used() -> None:
 def test_bias_correction_can_be_left_out() -> None:
     """Without it the first step is lr * (1 - beta1) g / (sqrt((1 - beta2) g^2) + eps), also after a copy."""
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    fused = copy.deepcopy(FusedAdam([p], lr=0.1, bias_correction=False, eps=1e-3))
+    fused = copy.deepcopy(megatron_adam.FusedAdam([p], lr=0.1, bias_correction=False, eps=1e-3))
     (held,) = fused.param_groups[0]["params"]
     held.grad = g = torch.tensor([0.5, 3.0])
     fused.step()
@@ -173,7 +173,7 @@ def test_groups_have_their_own_numbers_and_a_closure_is_called() -> None:
     def groups(held: list[torch.nn.Parameter], lr: Any) -> list[dict[str, Any]]:
         return [{"params": held[:1], "lr": lr, "weight_decay": 0.5}, {"params": held[1:], "betas": (0.5, 0.6)}]
 
-    fused = FusedAdam(groups(ours, torch.tensor(0.3)), lr=0.01)
+    fused = megatron_adam.FusedAdam(groups(ours, torch.tensor(0.3)), lr=0.01)
     plain = torch.optim.AdamW(groups(theirs, 0.3), lr=0.01, weight_decay=0.0)
     for optimizer, held in ((fused, ours), (plain, theirs)):
         run(optimizer, held, range(4))
@@ -187,11 +187,11 @@ def test_groups_have_their_own_numbers_and_a_closure_is_called() -> None:
 def test_what_it_does_not_do_is_refused(name: str) -> None:
     """Arguments of TransformerEngine and apex that change what is computed are errors, not dropped."""
     with pytest.raises(TypeError, match=name):
-        FusedAdam(parameters(), **{name: True})
+        megatron_adam.FusedAdam(parameters(), **{name: True})
     p = torch.nn.Parameter(torch.zeros(3))
     p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (3,))
     with pytest.raises(RuntimeError, match="dense"):
-        FusedAdam([p]).step()
+        megatron_adam.FusedAdam([p]).step()
 
 
 def test_a_real_fused_adam_is_left_alone() -> None:
@@ -201,7 +201,7 @@ def test_a_real_fused_adam_is_left_alone() -> None:
         pass
 
     report = Report()
-    assert instead_of_torch(report)(torch.optim.AdamW) is FusedAdam
+    assert instead_of_torch(report)(torch.optim.AdamW) is megatron_adam.FusedAdam
     assert report.lines == []
     assert instead_of_torch(report)(Real) is Real
     (line,) = report.lines
@@ -217,7 +217,7 @@ def test_offload_is_given_torchs_adamw() -> None:
     def original(self: Any, params: Any, **kwargs: Any) -> None:
         given.append(kwargs["gpu_optimizer_cls"])
 
-    for kind in (FusedAdam, torch.optim.SGD):
+    for kind in (megatron_adam.FusedAdam, torch.optim.SGD):
         torch_for_offload(original)(None, [], gpu_optimizer_cls=kind)
     assert given == [torch.optim.AdamW, torch.optim.SGD]
 
@@ -225,10 +225,10 @@ def test_offload_is_given_torchs_adamw() -> None:
 def test_rows_are_planned_by_the_setting() -> None:
     """ops="off" leaves Megatron's optimizers; the loading of their checkpoints is repaired all the same."""
     on, off = (Context(ADAPTER, Settings(ops=ops), Report()) for ops in (None, "off"))
-    assert [row.target.rpartition(":")[2] for row in rows_of_optimizer.rows(on)] == [
+    assert [row.target.rpartition(":")[2] for row in megatron_adam.rows(on)] == [
         "Adam",
         "USING_PYTORCH_OPTIMIZER",
         "HybridDeviceOptimizer.__init__",
     ]
-    assert rows_of_optimizer.rows(off) == []
+    assert megatron_adam.rows(off) == []
     assert len(checkpoints.rows(off)) == 2

@@ -204,7 +204,8 @@ def test_dropout_drops_what_megatron_drops(dtype: torch.dtype, has_bias: bool, t
         return function("bias_dropout", "get_bias_dropout_add")(training, True)((x, bias), residual, 0.3)  # type: ignore[operator]
 
     tensors = (x, residual) if bias is None else (x, residual, bias)
-    expected = gradients(call, *tensors)
+    with torch.compiler.set_stance("force_eager"):  # compiled, Megatron's function draws other numbers
+        expected = gradients(call, *tensors)
     state = torch.get_rng_state()
     with served("activations"), calling("dropout_add"):
         found = gradients(call, *tensors)
