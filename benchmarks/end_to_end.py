@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ _EXAMPLES = """examples:
   python benchmarks/end_to_end.py --out runs/e2e --check           exit code 1: a mode is slower, or its losses differ
   python benchmarks/end_to_end.py --out runs/gpu --device cuda --size 1B --dtype bfloat16 --tokens 4096 \\
       --modes unpatched,on,liger --only llama,mistral              on a GPU, beside transformers with Liger
+  python benchmarks/end_to_end.py --out runs/gpu --device cuda --only job --job-nproc 1 \\
+      --job-flags "--bf16 --hidden 2048 --layers 16 --heads 16"    Megatron's local spec on a GPU, without us and with
 """
 _WARM_UP = 2  # first steps that are made and not counted: kernels are proved, the optimizer gets its state
 # What two orders of the same sums may come to over a few steps: relative difference of a loss.
@@ -60,6 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps a round (2)")
     parser.add_argument("--job-rounds", type=int, default=2, help="runs of the main job with each setting (2)")
     parser.add_argument("--job-steps", type=int, default=20, help="steps of each of these runs (20)")
+    parser.add_argument("--job-nproc", type=int, default=2, help="its processes, tensor parallel (2)")
+    parser.add_argument("--job-flags", default="", metavar="TEXT", help="more flags of examples/pretrain_gpt.py")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of transformers (sdpa)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ops", help="policy of mode on")
@@ -167,7 +172,7 @@ def summary(steps: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
 
 
 def main_job(args: argparse.Namespace) -> dict[str, Any]:
-    """The main job, tensor parallel over two processes, with the operators on and off in turn."""
+    """The main job, tensor parallel, with the operators on and off in turn."""
     steps: dict[str, dict[str, Any]] = {mode: {"losses": [], "seconds": [], "served": []} for mode in ("off", "on")}
     for number in range(args.job_rounds):
         for mode in ("off", "on") if number % 2 == 0 else ("on", "off"):
@@ -176,7 +181,9 @@ def main_job(args: argparse.Namespace) -> dict[str, Any]:
             steps[mode]["seconds"] += found["seconds"][_WARM_UP:]
             steps[mode]["served"] = found["served"]
             print(f"  job {mode}, run {number + 1}: {interval(found['seconds']).median:.2f} s a step", file=sys.stderr)
-    return {"model": "pretrain_gpt.py, TP=2", "dtype": "float32", "tokens": None} | summary(steps, "float32")
+    dtype = "bfloat16" if "--bf16" in args.job_flags else "float32"
+    name = " ".join(["pretrain_gpt.py", f"TP={args.job_nproc}", args.job_flags]).strip()
+    return {"model": name, "dtype": dtype, "tokens": None} | summary(steps, dtype)
 
 
 def _run_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -184,8 +191,9 @@ def _run_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         ops = ["--ops", "off"] if mode == "off" else ["--ops", args.ops] if args.ops else []
-        flags = ["--nproc", "2", "--device", args.device, "--out", folder, *ops]
-        script = [str(ROOT / "examples" / "pretrain_gpt.py"), "--out", folder, "--steps", str(args.job_steps)]
+        flags = ["--nproc", str(args.job_nproc), "--device", args.device, "--out", folder, *ops]
+        script = [str(ROOT / "examples" / "pretrain_gpt.py"), "--out", folder, "--steps", str(args.job_steps),
+                  "--tp", str(args.job_nproc), *shlex.split(args.job_flags)]  # fmt: skip
         log = out / "log.txt"
         with log.open("w") as file:
             process = subprocess.Popen(

@@ -69,7 +69,8 @@ def build(args: argparse.Namespace) -> Any:
         sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": intermediate // 2}
     config = {"llama": "LlamaConfig", "mistral": "MistralConfig", "mixtral": "MixtralConfig"}[args.model]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+    with torch.device(args.device):  # a billion random numbers take the host a minute
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
     return model.to(torch.device(args.device), getattr(torch, args.dtype)).train()
 
 

@@ -2,7 +2,8 @@
 
 Turns make whatever drifts (clocks, other work on the machine) fall on all candidates alike, and ratios are formed
 within a round. On the CPU a sample is the mean of a few calls by the host's clock. On an accelerator each call lies
-between two events of the device, behind a write of twice the last-level cache, so that it finds nothing there.
+between two events of the device, behind writes of twice the last-level cache: it finds nothing there, and the device
+writes for longer than the host needs to launch the call, so that no gap between its kernels is counted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import gc
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +23,7 @@ __all__ = ["Clock", "DeviceClock", "HostClock", "Interval", "interval", "ratio",
 Act = Callable[[], Any]
 LEAST_ROUNDS = 6  # the fewest whose smallest and largest enclose the median with a confidence of 95 %
 _SAMPLE_S = 1e-3  # a sample on the CPU is at least so long: the clock's own cost disappears in it
+_LEAD, _MOST_WRITES = 2, 50  # a device writes for so many times the launch of an act before it, within reason
 
 
 class Interval(NamedTuple):
@@ -32,7 +35,13 @@ class Interval(NamedTuple):
 
 
 class Clock(Protocol):
-    """How long an act takes."""
+    """How long an act takes.
+
+    Attributes:
+        most_calls: of a sample.
+    """
+
+    most_calls: int
 
     def sample(self, act: Act, calls: int) -> float:
         """Seconds of one call, of so many made."""
@@ -40,6 +49,8 @@ class Clock(Protocol):
 
 class HostClock:
     """The host's clock: for the CPU, and for simulated devices, whose queue `wait` waits for."""
+
+    most_calls = 200
 
     def __init__(self, wait: Act | None = None) -> None:
         self.wait = wait
@@ -55,26 +66,50 @@ class HostClock:
 
 
 class DeviceClock:
-    """Events of an accelerator around each call, behind a write that empties its cache."""
+    """Events of an accelerator around each call, behind writes that empty its cache and let the host get ahead."""
+
+    most_calls = 20  # of which the median counts; more would fill the device's queue, and the host would wait
 
     def __init__(self, device: torch.device) -> None:
         self.module: Any = getattr(torch, device.type)
         properties = self.module.get_device_properties(device)
         size = 2 * int(getattr(properties, "L2_cache_size", 0) or 2**27)
         self.cache = torch.empty(size, dtype=torch.int8, device=device)
+        self.writes: weakref.WeakKeyDictionary[Act, int] = weakref.WeakKeyDictionary()
+        self.write_s = self._seconds_of_a_write()
 
     def sample(self, act: Act, calls: int) -> float:
         """The median of the calls."""
-        pairs = []
-        for _ in range(calls):
-            self.cache.zero_()
-            start, end = (self.module.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            act()
-            end.record()
-            pairs.append((start, end))
+        if act not in self.writes:
+            self.writes[act] = self._writes_for(act)
+        pairs = [self._between_events(act, self.writes[act]) for _ in range(calls)]
         self.module.synchronize()
         return interval([start.elapsed_time(end) / 1e3 for start, end in pairs]).median
+
+    def _seconds_of_a_write(self) -> float:
+        start, end = self._between_events(lambda: [self.cache.zero_() for _ in range(20)], writes=20)
+        self.module.synchronize()
+        return float(start.elapsed_time(end)) / 20e3
+
+    def _between_events(self, act: Act, writes: int) -> tuple[Any, Any]:
+        for _ in range(writes):
+            self.cache.zero_()
+        start, end = (self.module.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        act()
+        end.record()
+        return start, end
+
+    def _writes_for(self, act: Act) -> int:
+        """How many writes outlast the launch of an act: by the least of three times of the host."""
+        launches = []
+        for _ in range(3):
+            self.module.synchronize()
+            start = time.perf_counter()
+            act()
+            launches.append(time.perf_counter() - start)
+        self.module.synchronize()
+        return max(1, min(_MOST_WRITES, math.ceil(_LEAD * min(launches) / self.write_s)))
 
 
 @contextlib.contextmanager
@@ -99,7 +134,7 @@ def take_turns(acts: Mapping[str, Act], clock: Clock, budget_s: float, most_roun
     with _no_collector():
         for name in names:
             acts[name]()  # compiles, chooses, fills caches
-            calls[name] = max(1, min(200, math.ceil(_SAMPLE_S / max(clock.sample(acts[name], 1), 1e-7))))
+            calls[name] = max(1, min(clock.most_calls, math.ceil(_SAMPLE_S / max(clock.sample(acts[name], 1), 1e-7))))
         samples: dict[str, list[float]] = {name: [] for name in names}
         start = time.perf_counter()
         for number in range(most_rounds):

@@ -9,17 +9,19 @@ CUDA backend takes).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_adapt.ops.attention_parts.cache import CacheRequest
 from llm_adapt.ops.attention_parts.layouts import from_heads_first, to_heads_first
 from llm_adapt.ops.attention_parts.places import dense_places
 from llm_adapt.ops.dispatch import Call
 
-__all__ = ["sdpa", "sdpa_of_cache", "why_not_sdpa"]
+__all__ = ["sdpa", "sdpa_of_cache", "why_not_sdpa", "why_not_sdpa_of_cache"]
 
 _MOST_ROWS = 2048
 
@@ -36,6 +38,13 @@ def why_not_sdpa(call: Call) -> str | None:
         return "scaled_dot_product_attention is not known to take no queries or no keys on this device"
     if call.deterministic and call.device != "cpu":
         return "the backward is not deterministic unless torch.use_deterministic_algorithms asks for it"
+    return None
+
+
+def why_not_sdpa_of_cache(call: Call) -> str | None:
+    """Why a call of decode_attention is not for sdpa; None when it is."""
+    if call.device != "cpu" and call.q.sizes is not None and 0 in call.q.shape:
+        return "scaled_dot_product_attention returns None for no queries (seen on an H200, torch 2.11)"
     return None
 
 
@@ -78,7 +87,10 @@ def sdpa(
     if query.is_cuda and query.shape[1] != key.shape[1]:
         # No CUDA backend takes a mask and grouped heads: it would form all scores.
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    out = _sdpa(query, key, value, combined, False, scale)
+    is_mask_alone = combined.requires_grad and not any(x.requires_grad for x in (query, key, value))
+    # Workaround: cuda-mask-gradient
+    with sdpa_kernel(SDPBackend.MATH) if query.is_cuda and is_mask_alone else contextlib.nullcontext():
+        out = _sdpa(query, key, value, combined, False, scale)
     return from_heads_first(out.masked_fill(is_empty, 0.0), layout)
 
 
@@ -112,7 +124,7 @@ def sdpa_of_cache(request: CacheRequest) -> torch.Tensor:
     each = heads // groups
     stacked = q.view(batch, rows, groups, each, size).permute(0, 2, 3, 1, 4).reshape(batch, groups, each * rows, size)
     mask = (seen | is_empty).expand(batch, each, rows, columns).reshape(batch, 1, each * rows, columns)
-    out = _sdpa(stacked, key, value, mask, False, request.scale).view(batch, heads, rows, value.shape[-1])
+    out = _sdpa(stacked, key, value, mask, False, request.scale).reshape(batch, heads, rows, value.shape[-1])
     return from_heads_first(out.masked_fill(is_empty, 0.0), "bshd")
 
 

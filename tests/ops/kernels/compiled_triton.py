@@ -17,7 +17,7 @@ from triton.runtime import driver
 from llm_adapt.ops.dispatch.choice import refusal
 from llm_adapt.ops.dispatch.proof import run_op
 from llm_adapt.ops.dispatch.registry import find_op
-from llm_adapt.ops.kernels.triton import gated, library, losses, norms, rotary
+from llm_adapt.ops.kernels.triton import gated, library, losses, norms, rotary, row_sums
 from tests.ops.cases import Case, cases
 
 backend, architecture, threads = sys.argv[1].split(":")
@@ -25,7 +25,7 @@ target = GPUTarget(backend, int(architecture) if architecture.isdigit() else arc
 found: dict[str, set[str]] = defaultdict(set)
 
 
-def compile_alone(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+def compile_alone(kernel: Any, programs: int, *arguments: Any, block: int, **constants: Any) -> None:
     """Stands in for library.launch: the kernel is compiled and not started, so results are whatever memory held."""
     made = kernel.warmup(*arguments, grid=(programs,), **constants)
     found[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"].add(made.hash)
@@ -48,7 +48,7 @@ driver.set_active(
     )
 )
 library._is_interpreted = lambda: True  # what refuses the CPU otherwise
-for module in (gated, losses, norms, rotary):
+for module in (gated, losses, norms, rotary, row_sums):
     module.launch = compile_alone  # type: ignore[attr-defined]
 for case in wanted():
     kernel = case.op.kernels.get("triton")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm_adapt.ops.dispatch.choice import refusal
 from llm_adapt.ops.dispatch.proof import prove
 from llm_adapt.ops.dispatch.registry import find_op, load_library
-from llm_adapt.ops.kernels.triton import library, norms
+from llm_adapt.ops.kernels.triton import library, row_sums
 from tests.ops.cases import Case, cases
 
 OPS = ("add_rms_norm", "cross_entropy", "glu", "rms_norm", "rope")
@@ -237,7 +237,7 @@ def test_heads_and_pairs_beyond_a_block_rope() -> None:
 def test_more_rows_than_programs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid has at most 65535 programs, so each takes several rows; of the weight's gradient likewise."""
     monkeypatch.setattr(library, "MOST_PROGRAMS", 2)
-    monkeypatch.setattr(norms, "_MOST_PARTS", 2)
+    monkeypatch.setattr(library, "_PROGRAMS_AT_ONCE", 2)
     for case in ALL:
         if case.op.name == name and not refusal(case.op, case.op.kernels["triton"], case.call):
             verdict = prove(case.op, case.op.kernels["triton"], case.arguments)
@@ -246,8 +246,13 @@ def test_more_rows_than_programs(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_many_parts_of_long_rows_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight's own kernel sums every so-many-th row of every block."""
-    monkeypatch.setattr(norms, "_MOST_PARTS", 6)
+    monkeypatch.setattr(library, "_PROGRAMS_AT_ONCE", 6)
     prove_it("rms_norm", x=draw(7, LONG), weight=draw(LONG, seed=1))
+
+
+def test_more_parts_than_are_added_up_at_a_time_rms_norm() -> None:
+    """The sums of all programs, in several steps over parts and several blocks of columns, the last ones not full."""
+    prove_it("rms_norm", x=draw(2 * row_sums.ROWS + 3, row_sums.COLUMNS + 5), weight=draw(row_sums.COLUMNS + 5, seed=1))
 
 
 def test_rows_with_strides_rms_norm_add_rms_norm() -> None:

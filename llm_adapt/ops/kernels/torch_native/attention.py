@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from llm_adapt.ops.attention_parts.cache import CacheRequest
-from llm_adapt.ops.attention_parts.sdpa import sdpa, sdpa_of_cache, why_not_sdpa
+from llm_adapt.ops.attention_parts.sdpa import sdpa, sdpa_of_cache, why_not_sdpa, why_not_sdpa_of_cache
 from llm_adapt.ops.dispatch import kernel
 
 __all__ = ["attention", "decode_attention"]
@@ -33,7 +33,12 @@ def attention(
     return sdpa(q, k, v, mask, layout, causal, window_left, window_right, scale)
 
 
-@kernel("decode_attention", "scaled_dot_product_attention of torch 2.13", compilable=True)
+@kernel(
+    "decode_attention",
+    "scaled_dot_product_attention of torch 2.13",
+    refuses=why_not_sdpa_of_cache,
+    compilable=True,
+)
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,

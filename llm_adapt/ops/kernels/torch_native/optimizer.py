@@ -132,6 +132,9 @@ def _other_outputs(call: Call) -> str | None:
         return "takes a found_inf of float32"
     if call.dtype == torch.float64:
         return "scales by a float32 number"
+    outputs = {tensor.dtype for name, tensor in call.tensors.items() if name.startswith("outputs[")}
+    if call.device == "cuda" and torch.bfloat16 in outputs:
+        return "is not implemented for bfloat16 on CUDA (torch 2.11)"
     return _not_one_kind(call)
 
 

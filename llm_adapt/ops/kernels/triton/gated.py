@@ -1,7 +1,7 @@
 """Gated linear units in Triton. Rows of D columns: y = f(gate) * (up + up_offset) * weight of the row.
 
 Gate and linear part are views with a stride between rows and one between columns (2 where they are interleaved), so
-packed tensors are neither split nor put together. The backward computes f again from the inputs. Not yet run on a GPU.
+packed tensors are neither split nor put together. The backward computes f again from the inputs.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -18,7 +18,8 @@ from llm_adapt.ops.kernels.triton.library import block_of, launch, rows_of, trit
 
 __all__ = ["glu"]
 
-_MOST_COLUMNS = 2048  # of a block: the backward keeps more of them than a norm does
+_MOST_COLUMNS = 2048  # of a block on an NPU or MLU: the backward keeps more of them than a norm does
+_MOST_ON_GPU = 4096
 
 
 @triton.jit
@@ -157,7 +158,9 @@ def _parts(x: torch.Tensor, up: torch.Tensor | None, layout: str) -> tuple[torch
     return split(rows_of(x), layout) if up is None else (rows_of(x), rows_of(up))
 
 
-def _constants(columns: int, weights: torch.Tensor | None, is_packed: bool, options: _Options) -> dict[str, Any]:
+def _constants(
+    columns: int, weights: torch.Tensor | None, is_packed: bool, options: _Options, device: torch.device
+) -> dict[str, Any]:
     activation = "silu" if options.activation == "quick_gelu" else options.activation
     return {
         "alpha": 1.702 if options.activation == "quick_gelu" else float(options.alpha),
@@ -167,7 +170,7 @@ def _constants(columns: int, weights: torch.Tensor | None, is_packed: bool, opti
         "STEP": 2 if is_packed and options.layout == "interleaved" else 1,
         "HAS_WEIGHTS": weights is not None,
         "HAS_LIMIT": options.limit is not None,
-        "BLOCK": block_of(columns, _MOST_COLUMNS),
+        "BLOCK": block_of(columns, _MOST_ON_GPU if device.type == "cuda" else _MOST_COLUMNS),
     }
 
 
@@ -181,8 +184,10 @@ class _GLU(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], columns)
         flat = None if weights is None else weights.reshape(-1)
         strides = gate.stride(0), linear.stride(0)
-        constants = _constants(columns, weights, up is None, options)
-        launch(_forward, rows, gate, linear, flat, y, rows, columns, *strides, **constants)
+        constants = _constants(columns, weights, up is None, options, x.device)
+        launch(
+            _forward, rows, gate, linear, flat, y, rows, columns, *strides, **constants, block=2 * constants["BLOCK"]
+        )
         return y
 
     @staticmethod
@@ -202,9 +207,9 @@ class _GLU(torch.autograd.Function):
         dweights = None if weights is None else weights.new_empty(weights.shape)
         flat, dy_rows = None if weights is None else weights.reshape(-1), rows_of(dy)
         strides = gate.stride(0), linear.stride(0), dy_rows.stride(0), dgate.stride(0)
-        constants = _constants(columns, weights, up is None, ctx.options)
+        constants = _constants(columns, weights, up is None, ctx.options, x.device)
         tensors = gate, linear, flat, dy_rows, dgate, dlinear, dweights
-        launch(_backward, rows, *tensors, rows, columns, *strides, **constants)
+        launch(_backward, rows, *tensors, rows, columns, *strides, **constants, block=2 * constants["BLOCK"])
         return dx, dup, dweights, None
 
 

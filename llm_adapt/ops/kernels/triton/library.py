@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,10 +13,12 @@ import triton
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.dispatch.registry import Kernel, find_op
 
-__all__ = ["MOST_PROGRAMS", "block_of", "launch", "rows_of", "triton_kernel"]
+__all__ = ["MOST_PROGRAMS", "block_of", "launch", "programs_at_once", "rows_of", "triton_kernel"]
 
 MOST_PROGRAMS = 65535  # of one axis of a grid: the limit of Triton-MLU, and of triton-ascend
 _MOST_COLUMNS = 4096  # of a block: 16 KiB in float32, several of which fit the 192 KiB of an Ascend vector core
+_PROGRAMS_AT_ONCE = 512  # where the number of processors is not known
+_EACH_THREAD = 16  # numbers of a block that a thread of a GPU holds
 _MOST_IN_A_ROW = 2**27  # their blocks are programs of one grid, and columns are counted in 32 bits
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 P = ParamSpec("P")
@@ -76,11 +79,31 @@ def block_of(columns: int, most: int = _MOST_COLUMNS) -> int:
     return min(int(triton.next_power_of_2(columns)), most)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+def programs_at_once(device: torch.device) -> int:
+    """Programs among which rows are shared out where each program ends with a sum of its own: few, yet enough."""
+    return _PROGRAMS_AT_ONCE if device.type != "cuda" else 2 * _processors(device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def _warps_of(block: int, device: torch.device) -> dict[str, int]:
+    """What launches a block on a GPU; elsewhere num_warps is the compiler's: it means other things on NPU and MLU."""
+    if device.type != "cuda":
+        return {}
+    threads = min(max(block // _EACH_THREAD, 128), 1024)
+    return {"num_warps": threads // (64 if torch.version.hip else 32)}
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, block: int, **constants: Any) -> None:
     """Start a kernel on the device of its first argument; Triton would take the current device, whatever it is given.
 
     It may get fewer programs than were asked, never more than a grid can have: kernels over rows go on by themselves.
-    num_warps is left to the compiler: it means different things on an NPU and an MLU.
+
+    Args:
+        block: numbers that a program has in hand at a time.
     """
     device, current = arguments[0].device, contextlib.nullcontext()
     if device.type != "cpu":
@@ -88,4 +111,4 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         if module.current_device() != device.index:
             current = module.device(device)
     with current:
-        kernel[(min(programs, MOST_PROGRAMS),)](*arguments, **constants)
+        kernel[(min(programs, MOST_PROGRAMS),)](*arguments, **constants, **_warps_of(block, device))

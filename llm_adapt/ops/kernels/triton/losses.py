@@ -1,7 +1,7 @@
 """Cross entropy in Triton. Rows of V logits; c = the scaled and capped logit, lse = log(sum(exp(c))), t = target.
 
-The forward reads a row once, in blocks: the sum of exp(c - m) is rescaled whenever a block raises the maximum m. The
-backward reads it once more and writes the gradient: no probabilities are kept. Not yet run on a GPU.
+The forward reads a row once, in blocks: a sum of exp(c - m) is rescaled whenever a logit raises its maximum m. The
+backward reads it once more and writes the gradient: no probabilities are kept.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -54,12 +54,15 @@ def _forward(
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         index = tl.load(target + row).to(tl.int64)
         counts = index != ignored
-        largest, exponentials, total = -float("inf"), 0.0, 0.0
+        # Each lane of the block has a maximum and a sum of its own, with one exponential a logit; they meet at the end.
+        # The least number stands for -inf, so that -inf - -inf is never formed.
+        most, sums, total = tl.full([BLOCK], LEAST, tl.float32), tl.zeros([BLOCK], tl.float32), 0.0
         to_read = tl.where(counts, columns, 0)  # an ignored row is not read
         for start in range(0, to_read, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -71,11 +74,12 @@ def _forward(
                     w = tl.load(class_weight + at, mask=at < columns, other=0.0).to(tl.float32)
                 total += tl.sum(w * c, 0)
             c = tl.where(at < columns, c, -float("inf"))
-            new = tl.maximum(largest, tl.max(c, 0))
-            # Where all logits so far are -inf, as those of padding are, -inf - -inf would be NaN.
-            shift = tl.where(new == -float("inf"), 0.0, new)
-            exponentials = exponentials * tl.exp(largest - shift) + tl.sum(tl.exp(c - shift), 0)
-            largest = new
+            is_larger = c > most
+            e = tl.exp(-tl.abs(c - most))
+            sums = tl.where(is_larger, sums * e + 1.0, sums + e)
+            most = tl.where(is_larger, c, most)
+        largest = tl.max(most, 0)
+        exponentials = tl.sum(tl.where(most == largest, sums, sums * tl.exp(most - largest)), 0)
         is_class = counts & (index >= 0) & (index < columns)
         found = largest + tl.log(tl.where(counts, exponentials, 1.0))
         # A target beyond the vocabulary gives NaN: a kernel cannot raise.
@@ -183,7 +187,8 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
         tensors = rows, target.reshape(-1), *_weights(class_weight), loss, lse
         constants = _constants(rows.shape[1], class_weight, options)
-        launch(_forward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants)
+        constants["LEAST"] = torch.finfo(torch.float32).min
+        launch(_forward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants, block=constants["BLOCK"])
         return loss, lse
 
     @staticmethod
@@ -200,7 +205,7 @@ class _CrossEntropy(torch.autograd.Function):
         gradients = dloss.reshape(-1).contiguous(), dlse.reshape(-1).contiguous()
         tensors = rows, target.reshape(-1), *_weights(class_weight), lse, *gradients, dlogits
         constants = _constants(rows.shape[1], class_weight, ctx.options)
-        launch(_backward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants)
+        launch(_backward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants, block=constants["BLOCK"])
         return dlogits, None, None, None
 
 

@@ -1,8 +1,7 @@
 """RMSNorm in Triton, alone and of a sum. Rows of H columns; h = x or x + residual, r = 1 / sqrt(mean(h^2) + eps).
 
-With g = dy w: dh = r (g - h r mean(g h) r), and dw = sum of dy h r over the rows. The backward reads h twice and keeps
-no r. dw is summed over rows by each program, then over programs: no atomics, so the same bits each time. Not yet run
-on a GPU.
+With g = dy w: dh = r (g - h r mean(g h) r), and dw = sum of dy h r over the rows. The backward computes r again. dw is
+summed over rows by each program, then over programs: no atomics, so the same bits each time on one kind of device.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -15,13 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from llm_adapt.ops.add_rms_norm import RESULT_DTYPES as SUM_RESULT_DTYPES
 from llm_adapt.ops.add_rms_norm import ResultDtype as SumResultDtype
-from llm_adapt.ops.kernels.triton.library import block_of, launch, rows_of, triton_kernel
+from llm_adapt.ops.kernels.triton.library import block_of, launch, programs_at_once, rows_of, triton_kernel
+from llm_adapt.ops.kernels.triton.row_sums import added_up, sums_of_products
 from llm_adapt.ops.rms_norm import FORMS, RESULT_DTYPES, Form, ResultDtype, check_norm, result_of
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
 _SOURCE = "our own; Zhang and Sennrich 2019, equation 4"
-_MOST_PARTS = 512  # programs that sum the gradient of the weight, each into a row of its own
+_STAGES = 2  # rows of the backward that are read ahead, and the one in hand
 
 
 @triton.jit
@@ -47,6 +47,19 @@ def _sum_at(x, residual, h, at, is_column, HAS_RESIDUAL: tl.constexpr):
 
 
 @triton.jit
+def _write(value, r, weight, y, h, at, is_column, FORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    """Norm these columns of h, and store them; y and h point to their rows."""
+    if HAS_RESIDUAL:
+        tl.store(h + at, value.to(h.dtype.element_ty), mask=is_column)
+    value = value * r
+    if FORM == "cast_first":
+        value = value.to(h.dtype.element_ty).to(tl.float32)
+    if FORM != "none":
+        value = value * _weight_at(weight, at, is_column, FORM)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
 def _forward(
     x,
     residual,
@@ -60,30 +73,30 @@ def _forward(
     eps,
     FORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IS_WHOLE: tl.constexpr,  # one block holds a row
     BLOCK: tl.constexpr,
 ):
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         x_row, residual_row, h_row, y_row = x + row * x_stride, residual, h, y + row * columns
         if HAS_RESIDUAL:
             residual_row, h_row = residual + row * residual_stride, h + row * columns
-        squares = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, columns, BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        if IS_WHOLE:
+            at = tl.arange(0, BLOCK)
             value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
-            squares += value * value
-        r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
-        for start in range(0, columns, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            # h is added up again: what was just stored may not be read back without a barrier.
-            value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
-            if HAS_RESIDUAL:
-                tl.store(h_row + at, value.to(h.dtype.element_ty), mask=at < columns)
-            value = value * r
-            if FORM == "cast_first":
-                value = value.to(h.dtype.element_ty).to(tl.float32)
-            if FORM != "none":
-                value = value * _weight_at(weight, at, at < columns, FORM)
-            tl.store(y_row + at, value.to(y.dtype.element_ty), mask=at < columns)
+            r = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+            _write(value, r, weight, y_row, h_row, at, at < columns, FORM, HAS_RESIDUAL)
+        else:
+            squares = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, columns, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
+                squares += value * value
+            r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
+            for start in range(0, columns, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                # h is added up again: what was just stored may not be read back without a barrier.
+                value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
+                _write(value, r, weight, y_row, h_row, at, at < columns, FORM, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -93,7 +106,6 @@ def _backward(
     dy,
     dh,
     dx,
-    rstd,
     parts,
     rows,
     columns,
@@ -103,10 +115,55 @@ def _backward(
     eps,
     FORM: tl.constexpr,
     HAS_DH: tl.constexpr,
-    WEIGHT_GRADIENT: tl.constexpr,  # "none", "here": one block holds a row, "later": store r for _weight_gradient
+    WANTS_WEIGHT: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Of rows that one block holds: each number is read once."""
+    at = tl.arange(0, BLOCK)
+    is_column = at < columns
     total = tl.zeros([BLOCK], tl.float32)
+    w = total
+    if FORM != "none":
+        w = _weight_at(weight, at, is_column, FORM)
+    # Staged: the next rows are on their way while this one is summed.
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=STAGES):
+        value = tl.load(h + row * h_stride + at, mask=is_column, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + at, mask=is_column, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+        n = value * r
+        if WANTS_WEIGHT:
+            total += g * n
+        if FORM != "none":
+            g = g * w
+        gradient = r * (g - n * (tl.sum(g * n, 0) / columns))
+        if HAS_DH:
+            gradient += tl.load(dh + row * dh_stride + at, mask=is_column, other=0.0).to(tl.float32)
+        tl.store(dx + row * columns + at, gradient.to(dx.dtype.element_ty), mask=is_column)
+    if WANTS_WEIGHT:
+        tl.store(parts + tl.program_id(0) * columns + at, total, mask=is_column)
+
+
+@triton.jit
+def _backward_of_long(
+    h,
+    weight,
+    dy,
+    dh,
+    dx,
+    rstd,
+    rows,
+    columns,
+    h_stride,
+    dy_stride,
+    dh_stride,
+    eps,
+    FORM: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    WANTS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of rows of several blocks, read twice. r is stored for the gradient of the weight."""
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         h_row, dy_row = h + row * h_stride, dy + row * dy_stride
         squares, products = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -120,36 +177,18 @@ def _backward(
             products += value * g
         r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
         mean = tl.sum(products, 0) * r / columns
-        if WEIGHT_GRADIENT == "later":
+        if WANTS_WEIGHT:
             tl.store(rstd + row, r)
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
             n = tl.load(h_row + at, mask=at < columns, other=0.0).to(tl.float32) * r
             g = tl.load(dy_row + at, mask=at < columns, other=0.0).to(tl.float32)
-            if WEIGHT_GRADIENT == "here":
-                total += g * n
             if FORM != "none":
                 g = g * _weight_at(weight, at, at < columns, FORM)
             gradient = r * (g - n * mean)
             if HAS_DH:
                 gradient += tl.load(dh + row * dh_stride + at, mask=at < columns, other=0.0).to(tl.float32)
             tl.store(dx + row * columns + at, gradient.to(dx.dtype.element_ty), mask=at < columns)
-    if WEIGHT_GRADIENT == "here":
-        at = tl.arange(0, BLOCK)
-        tl.store(parts + tl.program_id(0) * columns + at, total, mask=at < columns)
-
-
-@triton.jit
-def _weight_gradient(h, dy, rstd, parts, rows, columns, h_stride, dy_stride, number, blocks, BLOCK: tl.constexpr):
-    """Sum dy h r over every number-th row, for one of the blocks of columns."""
-    part = tl.program_id(0) // blocks
-    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for row in range(part.to(tl.int64), rows, number):
-        value = tl.load(h + row * h_stride + at, mask=at < columns, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + at, mask=at < columns, other=0.0).to(tl.float32)
-        total += g * value * tl.load(rstd + row)
-    tl.store(parts + part * columns + at, total, mask=at < columns)
 
 
 def _normed(
@@ -166,6 +205,7 @@ def _normed(
     added = None if residual is None else rows_of(residual)
     if residual is not None:
         h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    block = block_of(rows.shape[1], _most_columns(x.device))
     launch(
         _forward,
         rows.shape[0],
@@ -180,7 +220,9 @@ def _normed(
         eps,
         FORM="none" if weight is None else form,
         HAS_RESIDUAL=added is not None,
-        BLOCK=block_of(rows.shape[1]),
+        IS_WHOLE=rows.shape[1] <= block,
+        BLOCK=block,
+        block=block,
     )
     return y, h
 
@@ -198,23 +240,21 @@ def _gradients(
     rows, dy_rows = rows_of(h), rows_of(dy)
     dh_rows = None if dh is None else rows_of(dh)
     number, columns = rows.shape
-    block = block_of(columns)
-    blocks = -(-columns // block)
-    is_later = wants_weight and blocks > 1
+    block = block_of(columns, _most_columns(h.device))
+    is_whole = columns <= block
+    wants_weight = wants_weight and weight is not None
     dx = h.new_empty(h.shape)
-    programs = min(number, _MOST_PARTS)
-    parts = rows.new_empty(programs, columns, dtype=torch.float32) if wants_weight and not is_later else None
-    rstd = rows.new_empty(number, dtype=torch.float32) if is_later else None
+    programs = min(number, programs_at_once(h.device)) if is_whole else number
+    kept = rows.new_empty((programs, columns) if is_whole else (number,), dtype=torch.float32) if wants_weight else None
     launch(
-        _backward,
+        _backward if is_whole else _backward_of_long,
         programs,
         rows,
         None if weight is None else weight.contiguous(),
         dy_rows,
         dh_rows,
         dx,
-        rstd,
-        parts,
+        kept,
         number,
         columns,
         rows.stride(0),
@@ -223,15 +263,20 @@ def _gradients(
         eps,
         FORM="none" if weight is None else form,
         HAS_DH=dh is not None,
-        WEIGHT_GRADIENT="later" if is_later else "here" if wants_weight else "none",
+        WANTS_WEIGHT=wants_weight,
         BLOCK=block,
+        block=2 * block,  # of h and of dy
+        **({"STAGES": _STAGES} if is_whole else {}),
     )
-    if is_later:
-        programs = min(number, max(_MOST_PARTS // blocks, 1))
-        parts = rows.new_empty(programs, columns, dtype=torch.float32)
-        sizes = number, columns, rows.stride(0), dy_rows.stride(0), programs, blocks
-        launch(_weight_gradient, programs * blocks, rows, dy_rows, rstd, parts, *sizes, BLOCK=block)
-    return dx, None if parts is None or weight is None else parts.sum(0).to(weight.dtype)
+    if weight is None or kept is None:
+        return dx, None
+    parts = kept if is_whole else sums_of_products(rows, dy_rows, kept, block)
+    return dx, added_up(parts, weight.dtype)
+
+
+def _most_columns(device: torch.device) -> int:
+    """Of a block: more fit the registers of a GPU's processor than the memory of an NPU's vector core."""
+    return 8192 if device.type == "cuda" else 4096
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 B sequences, S positions, H heads, D head size, R rotated features, as pairs (i, j); thd is one sequence of T. x and y
 are reached by strides, so no layout is copied. The gradient is the same kernel with the transposed rotation: reads
-and writes trade places, and each column of sin goes to the other feature of its pair. Not yet run on a GPU.
+and writes trade places, and each column of sin goes to the other feature of its pair.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -18,7 +18,7 @@ from llm_adapt.ops.rope import Layout, check_rope, table_rows
 
 __all__ = ["rope"]
 
-_MOST_PAIRS, _MOST_TILE = 128, 2048  # of a block: pairs, and pairs of all of its heads together
+_MOST_PAIRS, _MOST_TILE = 128, 1024  # of a block: pairs, and pairs of all of its heads together
 # Axes of B, S and H in x; -1 where there is none.
 _AXES = {"bshd": (0, 1, 2), "sbhd": (1, 0, 2), "bhsd": (0, 2, 1), "thd": (-1, 0, 1)}
 
@@ -144,7 +144,7 @@ def _turned(
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)  # with the strides of x: heads that lie in the order of tokens are written so
     batch, step, head = _AXES[way.layout]
     length, heads, features = x.shape[step], x.shape[head], x.shape[-1]
     number = x.shape[batch] if batch >= 0 else 1
@@ -157,6 +157,7 @@ def _turned(
     if way.inverse != is_transposed:
         read, write = write, read
     block = block_of(pairs, _MOST_PAIRS)
+    tile = block_of(heads, max(_MOST_TILE // block, 1))
     launch(
         _turn,
         number * length,
@@ -181,8 +182,9 @@ def _turned(
         TABLE="one" if way.table == "half" else columns,
         IS_INVERSE=way.inverse,
         IS_TRANSPOSED=is_transposed,
-        HEADS=block_of(heads, max(_MOST_TILE // block, 1)),
+        HEADS=tile,
         PAIRS=block,
+        block=2 * tile * block,
     )
     return y
 
