@@ -130,7 +130,8 @@ class Child:
 def _environment(**more: str) -> dict[str, str]:
     """Without settings of llm_adapt that would change a mode."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("LLM_ADAPT_")}
-    return plain | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"} | more
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return plain | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"} | more
 
 
 def compare_modes(args: argparse.Namespace, model: str, dtype: str) -> dict[str, Any]:

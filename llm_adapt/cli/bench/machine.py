@@ -55,6 +55,13 @@ class Machine:
         return interval([self.clock.sample(act, 1) for _ in range(9)]).median
 
     @functools.cache  # noqa: B019 - a machine lives as long as the process
+    def copy_seconds(self, moved: int) -> float:
+        """Time of a copy that reads and writes so many bytes together: a small one does not reach the bandwidth."""
+        source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return self._seconds(lambda: target.copy_(source))
+
+    @functools.cache  # noqa: B019 - a machine lives as long as the process
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """Operations/s of a square product in this dtype; of 1024 on a host, of 8192 on an accelerator."""
         size = 1024 if self.is_host else 8192

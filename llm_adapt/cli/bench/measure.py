@@ -123,6 +123,7 @@ def _row(
         bandwidth_share=moved / machine.bandwidth / time.median,
         matmul_share=operations / rate / time.median,
         roofline_share=least / time.median,
+        copy_share=machine.copy_seconds(int(moved)) / time.median,
     )
 
 

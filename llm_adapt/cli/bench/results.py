@@ -30,6 +30,7 @@ class Row:
         ratio: time of eager / time of this one, formed within each round; above 1 this one is faster.
         bandwidth_share, matmul_share: of the copy bandwidth and of the matmul rate that were measured in this run.
         roofline_share: the least time by these two / the time; above 1 where data stays in a cache.
+        copy_share: the time in which a copy moves as many bytes in this run / the time.
         peak_bytes: what one call allocates at its peak, results included.
     """
 
@@ -54,6 +55,7 @@ class Row:
     bandwidth_share: float | None = None
     matmul_share: float | None = None
     roofline_share: float | None = None
+    copy_share: float | None = None
     peak_bytes: float | None = None
 
     @property
@@ -97,7 +99,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-COLUMNS = ("op", "model", "dtype", "mode", "candidate", "ms (95 %)", "x eager (95 %)", "% of roofline", "peak MiB")
+COLUMNS = ("op", "model", "dtype", "mode", "candidate", "ms (95 %)", "x eager (95 %)", "% of roofline", "% of copy",
+           "peak MiB")  # fmt: skip
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -105,14 +108,15 @@ def cells(row: Row) -> tuple[str, ...]:
     name = f"{row.candidate} ({row.source})" if row.candidate == DISPATCHED else row.candidate
     head = (row.op, row.model, row.dtype, row.mode, name)
     if row.refused:
-        return (*head, f"refused: {row.refused}", "", "", "")
+        return (*head, f"refused: {row.refused}", "", "", "", "")
     assert row.seconds is not None
     low, high = row.low or row.seconds, row.high or row.seconds
     time = f"{row.seconds * 1e3:.3g} ({low * 1e3:.3g}-{high * 1e3:.3g})"
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
     roofline = "-" if row.roofline_share is None else f"{100 * row.roofline_share:.0f}"
+    copy = "-" if row.copy_share is None else f"{100 * row.copy_share:.0f}"
     memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.4g}"
-    return (*head, time, ratio, roofline, memory)
+    return (*head, time, ratio, roofline, copy, memory)
 
 
 def markdown(record: dict[str, Any], rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm_adapt.ops.dispatch.choice import refusal
 from llm_adapt.ops.dispatch.proof import prove
 from llm_adapt.ops.dispatch.registry import find_op, load_library
-from llm_adapt.ops.kernels.triton import library, row_sums
+from llm_adapt.ops.kernels.triton import library, rotary, row_sums
 from tests.ops.cases import Case, cases
 
 OPS = ("add_rms_norm", "cross_entropy", "glu", "rms_norm", "rope")
@@ -60,6 +60,13 @@ def test_each_input_is_right_or_refused(case: Case) -> None:
         return
     verdict = prove(case.op, kernel, case.arguments)
     assert verdict.holds, verdict.reason
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case.op.name == "rope"], ids=str)
+def test_pairs_that_are_read_together_rope(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: neighbours are split after one load, and joined before one store."""
+    monkeypatch.setattr(rotary, "_reads_by_pairs", lambda device: True)
+    test_each_input_is_right_or_refused(case)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -18,7 +18,6 @@ __all__ = ["MOST_PROGRAMS", "block_of", "launch", "programs_at_once", "rows_of",
 MOST_PROGRAMS = 65535  # of one axis of a grid: the limit of Triton-MLU, and of triton-ascend
 _MOST_COLUMNS = 4096  # of a block: 16 KiB in float32, several of which fit the 192 KiB of an Ascend vector core
 _PROGRAMS_AT_ONCE = 512  # where the number of processors is not known
-_EACH_THREAD = 16  # numbers of a block that a thread of a GPU holds
 _MOST_IN_A_ROW = 2**27  # their blocks are programs of one grid, and columns are counted in 32 bits
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 P = ParamSpec("P")
@@ -89,21 +88,22 @@ def _processors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def _warps_of(block: int, device: torch.device) -> dict[str, int]:
+def _warps_of(block: int, each: int, device: torch.device) -> dict[str, int]:
     """What launches a block on a GPU; elsewhere num_warps is the compiler's: it means other things on NPU and MLU."""
     if device.type != "cuda":
         return {}
-    threads = min(max(block // _EACH_THREAD, 128), 1024)
+    threads = min(max(block // each, 128), 1024)
     return {"num_warps": threads // (64 if torch.version.hip else 32)}
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, block: int, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, *arguments: Any, block: int, each: int = 16, **constants: Any) -> None:
     """Start a kernel on the device of its first argument; Triton would take the current device, whatever it is given.
 
     It may get fewer programs than were asked, never more than a grid can have: kernels over rows go on by themselves.
 
     Args:
         block: numbers that a program has in hand at a time.
+        each: how many of them a thread of a GPU holds.
     """
     device, current = arguments[0].device, contextlib.nullcontext()
     if device.type != "cpu":
@@ -111,4 +111,4 @@ def launch(kernel: Any, programs: int, *arguments: Any, block: int, **constants:
         if module.current_device() != device.index:
             current = module.device(device)
     with current:
-        kernel[(min(programs, MOST_PROGRAMS),)](*arguments, **constants, **_warps_of(block, device))
+        kernel[(min(programs, MOST_PROGRAMS),)](*arguments, **constants, **_warps_of(block, each, device))

@@ -1,6 +1,6 @@
 """Cross entropy in Triton. Rows of V logits; c = the scaled and capped logit, lse = log(sum(exp(c))), t = target.
 
-The forward reads a row once, in blocks: a sum of exp(c - m) is rescaled whenever a logit raises its maximum m. The
+The forward reads a row once, in blocks: the sum of exp(c - m) is rescaled whenever a block raises the maximum m. The
 backward reads it once more and writes the gradient: no probabilities are kept.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -16,6 +16,9 @@ from llm_adapt.ops.cross_entropy import check_losses, reduced
 from llm_adapt.ops.kernels.triton.library import block_of, launch, rows_of, triton_kernel
 
 __all__ = ["cross_entropy"]
+
+_MOST_ON_GPU = 8192  # columns of a block
+_STAGES = 3  # blocks of the forward that are read ahead, and the one in hand
 
 
 @triton.jit
@@ -37,6 +40,24 @@ def _capped(value, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _added(largest, exponentials, c):
+    """The largest logit and the sum of exp(c - largest), with one more block."""
+    new = tl.maximum(largest, tl.max(c, 0))
+    # Where all logits so far are -inf, as those of padding are, -inf - -inf would be NaN.
+    shift = tl.where(new == -float("inf"), 0.0, new)
+    return new, exponentials * tl.exp(largest - shift) + tl.sum(tl.exp(c - shift), 0)
+
+
+@triton.jit
+def _weighted(c, class_weight, at, columns, HAS_WEIGHT: tl.constexpr):
+    """The sum of w c over a block."""
+    w = tl.where(at < columns, 1.0, 0.0)
+    if HAS_WEIGHT:
+        w = tl.load(class_weight + at, mask=at < columns, other=0.0).to(tl.float32)
+    return tl.sum(w * c, 0)
+
+
+@triton.jit
 def _forward(
     logits,
     target,
@@ -54,32 +75,28 @@ def _forward(
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    LEAST: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         index = tl.load(target + row).to(tl.int64)
         counts = index != ignored
-        # Each lane of the block has a maximum and a sum of its own, with one exponential a logit; they meet at the end.
-        # The least number stands for -inf, so that -inf - -inf is never formed.
-        most, sums, total = tl.full([BLOCK], LEAST, tl.float32), tl.zeros([BLOCK], tl.float32), 0.0
+        largest, exponentials, total = -float("inf"), 0.0, 0.0
         to_read = tl.where(counts, columns, 0)  # an ignored row is not read
-        for start in range(0, to_read, BLOCK):
+        full = to_read - to_read % BLOCK  # full blocks first, without a mask, and the next ones on their way
+        for start in tl.range(0, full, BLOCK, num_stages=STAGES):
+            at = start + tl.arange(0, BLOCK)
+            c = _capped(tl.load(logits + row * stride + at), scale, cap, HAS_CAP)
+            if HAS_SMOOTHING:
+                total += _weighted(c, class_weight, at, columns, HAS_WEIGHT)
+            largest, exponentials = _added(largest, exponentials, c)
+        for start in range(full, to_read, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(logits + row * stride + at, mask=at < columns, other=0.0)
             c = _capped(value, scale, cap, HAS_CAP)
             if HAS_SMOOTHING:
-                w = tl.where(at < columns, 1.0, 0.0)
-                if HAS_WEIGHT:
-                    w = tl.load(class_weight + at, mask=at < columns, other=0.0).to(tl.float32)
-                total += tl.sum(w * c, 0)
-            c = tl.where(at < columns, c, -float("inf"))
-            is_larger = c > most
-            e = tl.exp(-tl.abs(c - most))
-            sums = tl.where(is_larger, sums * e + 1.0, sums + e)
-            most = tl.where(is_larger, c, most)
-        largest = tl.max(most, 0)
-        exponentials = tl.sum(tl.where(most == largest, sums, sums * tl.exp(most - largest)), 0)
+                total += _weighted(c, class_weight, at, columns, HAS_WEIGHT)
+            largest, exponentials = _added(largest, exponentials, tl.where(at < columns, c, -float("inf")))
         is_class = counts & (index >= 0) & (index < columns)
         found = largest + tl.log(tl.where(counts, exponentials, 1.0))
         # A target beyond the vocabulary gives NaN: a kernel cannot raise.
@@ -159,7 +176,9 @@ class _Options(NamedTuple):
     logit_softcap: float | None
 
 
-def _constants(columns: int, class_weight: torch.Tensor | None, options: _Options) -> dict[str, Any]:
+def _constants(logits: torch.Tensor, class_weight: torch.Tensor | None, options: _Options) -> dict[str, Any]:
+    most = {"most": _MOST_ON_GPU} if logits.device.type == "cuda" else {}
+    block = block_of(logits.shape[1], **most)
     return {
         "ignored": options.ignore_index,
         "smoothing": float(options.label_smoothing),
@@ -168,7 +187,9 @@ def _constants(columns: int, class_weight: torch.Tensor | None, options: _Option
         "HAS_WEIGHT": class_weight is not None,
         "HAS_SMOOTHING": options.label_smoothing != 0.0,
         "HAS_CAP": options.logit_softcap is not None,
-        "BLOCK": block_of(columns),
+        "BLOCK": block,
+        "block": block,
+        "each": 32,
     }
 
 
@@ -186,9 +207,8 @@ class _CrossEntropy(torch.autograd.Function):
         rows = rows_of(logits)
         loss, lse = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
         tensors = rows, target.reshape(-1), *_weights(class_weight), loss, lse
-        constants = _constants(rows.shape[1], class_weight, options)
-        constants["LEAST"] = torch.finfo(torch.float32).min
-        launch(_forward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants, block=constants["BLOCK"])
+        constants = _constants(rows, class_weight, options)
+        launch(_forward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), STAGES=_STAGES, **constants)
         return loss, lse
 
     @staticmethod
@@ -204,8 +224,8 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits = logits.new_empty(logits.shape)
         gradients = dloss.reshape(-1).contiguous(), dlse.reshape(-1).contiguous()
         tensors = rows, target.reshape(-1), *_weights(class_weight), lse, *gradients, dlogits
-        constants = _constants(rows.shape[1], class_weight, ctx.options)
-        launch(_backward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants, block=constants["BLOCK"])
+        constants = _constants(rows, class_weight, ctx.options)
+        launch(_backward, rows.shape[0], *tensors, *rows.shape, rows.stride(0), **constants)
         return dlogits, None, None, None
 
 

@@ -21,7 +21,7 @@ from llm_adapt.ops.rms_norm import FORMS, RESULT_DTYPES, Form, ResultDtype, chec
 __all__ = ["add_rms_norm", "rms_norm"]
 
 _SOURCE = "our own; Zhang and Sennrich 2019, equation 4"
-_STAGES = 2  # rows of the backward that are read ahead, and the one in hand
+_STAGES = 3  # rows of the backward that are read ahead, and the one in hand
 
 
 @triton.jit

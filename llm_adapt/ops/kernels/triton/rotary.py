@@ -44,6 +44,42 @@ def _table_at(table, at, there, pairs, ORDER: tl.constexpr):
 
 
 @triton.jit
+def _pair_at(x, x_head, head, heads, start, pairs, ORDER: tl.constexpr, PAIRS: tl.constexpr, BY_PAIRS: tl.constexpr):
+    """Both features of these pairs in these heads, in float32."""
+    if BY_PAIRS and ORDER == "interleaved":  # neighbours are read together
+        both = 2 * start + tl.arange(0, 2 * PAIRS)
+        mask = (head < heads)[:, None] & (both < 2 * pairs)[None, :]
+        read = tl.load(x + head[:, None] * x_head + both[None, :], mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(read, [head.shape[0], PAIRS, 2]))
+    else:
+        at = start + tl.arange(0, PAIRS)
+        first, second = _places(at, pairs, ORDER)
+        mask = (head < heads)[:, None] & (at < pairs)[None, :]
+        a = tl.load(x + head[:, None] * x_head + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + head[:, None] * x_head + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _put_pair(
+    y, y_head, head, heads, start, pairs, a, b, ORDER: tl.constexpr, PAIRS: tl.constexpr, BY_PAIRS: tl.constexpr
+):
+    """Store both features of these pairs in these heads."""
+    a, b = a.to(y.dtype.element_ty), b.to(y.dtype.element_ty)
+    if BY_PAIRS and ORDER == "interleaved":
+        both = 2 * start + tl.arange(0, 2 * PAIRS)
+        mask = (head < heads)[:, None] & (both < 2 * pairs)[None, :]
+        joined = tl.reshape(tl.join(a, b), [head.shape[0], 2 * PAIRS])
+        tl.store(y + head[:, None] * y_head + both[None, :], joined, mask=mask)
+    else:
+        at = start + tl.arange(0, PAIRS)
+        first, second = _places(at, pairs, ORDER)
+        mask = (head < heads)[:, None] & (at < pairs)[None, :]
+        tl.store(y + head[:, None] * y_head + first[None, :], a, mask=mask)
+        tl.store(y + head[:, None] * y_head + second[None, :], b, mask=mask)
+
+
+@triton.jit
 def _pass_on(x, y, x_head, y_head, heads, begin, end, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """Copy the features of a token that are not rotated."""
     for start in range(begin, end, BLOCK):
@@ -83,6 +119,7 @@ def _turn(
     TABLE: tl.constexpr,
     IS_INVERSE: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
+    BY_PAIRS: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -103,18 +140,12 @@ def _turn(
                 sin_i, sin_j = -sin_j, -sin_i
             if IS_INVERSE:
                 sin_i, sin_j = -sin_i, -sin_j
-            read_i, read_j = _places(at, pairs, READ)
-            write_i, write_j = _places(at, pairs, WRITE)
             for first in range(0, heads, HEADS):
                 head = (first + tl.arange(0, HEADS)).to(tl.int64)
-                mask = (head < heads)[:, None] & (at < pairs)[None, :]
-                source, target = x_token + head[:, None] * x_head, y_token + head[:, None] * y_head
-                a = tl.load(source + read_i[None, :], mask=mask, other=0.0).to(tl.float32)
-                b = tl.load(source + read_j[None, :], mask=mask, other=0.0).to(tl.float32)
+                a, b = _pair_at(x_token, x_head, head, heads, start, pairs, READ, PAIRS, BY_PAIRS)
                 y_i = a * cos_i[None, :] - b * sin_i[None, :]
                 y_j = b * cos_j[None, :] + a * sin_j[None, :]
-                tl.store(target + write_i[None, :], y_i.to(y.dtype.element_ty), mask=mask)
-                tl.store(target + write_j[None, :], y_j.to(y.dtype.element_ty), mask=mask)
+                _put_pair(y_token, y_head, head, heads, start, pairs, y_i, y_j, WRITE, PAIRS, BY_PAIRS)
         _pass_on(x_token, y_token, x_head, y_head, heads, 2 * pairs, features, HEADS, PAIRS)
 
 
@@ -125,6 +156,11 @@ class _Way(NamedTuple):
     pairs: str
     table: str
     inverse: bool
+
+
+def _reads_by_pairs(device: torch.device) -> bool:
+    """Whether tl.split and tl.join are there: not every Triton is known to have them. Else a GPU reads each half."""
+    return device.type == "cuda"
 
 
 def _step(tensor: torch.Tensor, batched: int) -> int:
@@ -182,6 +218,7 @@ def _turned(
         TABLE="one" if way.table == "half" else columns,
         IS_INVERSE=way.inverse,
         IS_TRANSPOSED=is_transposed,
+        BY_PAIRS=_reads_by_pairs(x.device),
         HEADS=tile,
         PAIRS=block,
         block=2 * tile * block,
