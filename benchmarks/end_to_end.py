@@ -141,7 +141,8 @@ def compare_modes(args: argparse.Namespace, model: str, dtype: str) -> dict[str,
     try:
         for mode in args.modes:
             children[mode] = Child(args, model, dtype, mode)
-            steps[mode] = children[mode].read() | {"losses": [], "seconds": []}
+        for mode, child in children.items():
+            steps[mode] = child.read() | {"losses": [], "seconds": []}
         for number in range(args.rounds + 1):
             turn = number % len(args.modes)
             for mode in args.modes[turn:] + args.modes[:turn]:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llm_adapt.ops.activation import fewer_rows
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.cross_entropy import capped, check_losses, reduced, row_losses
 from llm_adapt.ops.dispatch import Tolerance, fused_op
 
@@ -30,7 +31,7 @@ def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
     return [slice(start, start + chunk_rows) for start in range(0, max(1, num_rows), chunk_rows)]
 
 
-class _ChunkedLosses(torch.autograd.Function):
+class _ChunkedLosses(Function):
     """Loss and lse of each row. Saved: the inputs and one number a row; logits are computed again for gradients."""
 
     generate_vmap_rule = True

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import fused_op
 from llm_adapt.ops.quantize_fp8 import spread, to_fp8
 
@@ -120,7 +121,7 @@ class _Operand:
         return (self.values @ other.values.t()) * (self.scale_inv * other.scale_inv)
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """x @ weight^T of fp8 operands; the operands are quantised again in the backward pass, not kept."""
 
     @staticmethod

@@ -47,9 +47,10 @@ class Case:
         triples = zip(self.axes, self.sizes(scale), self.full, strict=True)
         return ", ".join(f"{axis} {size} of {whole}" for axis, size, whole in triples if size != whole)
 
-    def arguments(self, op: FusedOp, dtype: torch.dtype, scale: Scale) -> dict[str, Any]:
-        """All of the op's arguments, made on the CPU from a fixed seed."""
-        return op.bind(**self.make(torch.Generator().manual_seed(0), dtype, *self.sizes(scale)))
+    def arguments(self, op: FusedOp, dtype: torch.dtype, scale: Scale, device: str = "cpu") -> dict[str, Any]:
+        """All of the op's arguments, made from a fixed seed; on an accelerator others than on the CPU, and sooner."""
+        with torch.device(device):
+            return op.bind(**self.make(torch.Generator(device).manual_seed(0), dtype, *self.sizes(scale)))
 
 
 def _draw(g: torch.Generator, dtype: torch.dtype, *sizes: int) -> torch.Tensor:

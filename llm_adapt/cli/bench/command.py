@@ -105,8 +105,13 @@ def run_bench(args: argparse.Namespace) -> int:
 
             adapter = current_adapter()
             machine = Machine(adapter.device_type, adapter.title, report.simulated)
-            record = {"policy": policy_text(), "absent": absent(work[0][3].asked)}
-            rows = list(_rows(work, machine))
+            record: dict[str, Any] = {"policy": policy_text(), "absent": absent(work[0][3].asked)}
+            rows: list[Row] = []
+            try:
+                rows.extend(_rows(work, machine))
+            except KeyboardInterrupt:
+                print("llm-adapt: stopped; what was measured so far follows", file=sys.stderr)
+                record["stopped"] = True
     return _conclude(args, rows, machine, record)
 
 
@@ -233,7 +238,7 @@ def _conclude(args: argparse.Namespace, rows: list[Row], machine: Machine, recor
         print(f"slower than eager: {text} ({row.ratio_low:.3f}-{row.ratio_high:.3f})", file=sys.stderr)
     compared = sum(row.candidate == "dispatched" and row.ratio is not None for row in rows)
     print(f"{compared} calls compared with eager, {len(slower)} slower", file=sys.stderr)
-    return int(args.check and bool(slower))
+    return 130 if record.get("stopped") else int(args.check and bool(slower))
 
 
 def _given(args: argparse.Namespace) -> list[str]:

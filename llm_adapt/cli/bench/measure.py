@@ -53,7 +53,7 @@ class _Act:
 
 def measure(op: FusedOp, case: Case, dtype: torch.dtype, machine: Machine, settings: Settings) -> Iterator[Row]:
     """The rows of one case in one dtype."""
-    given = case.arguments(op, dtype, settings.scale)
+    given = case.arguments(op, dtype, settings.scale, "cpu" if machine.is_host else machine.device.type)
     for mode in settings.modes:
         arguments = {name: _leaf(value, machine.device) for name, value in given.items()}
         wanted = [tensor for _, tensor in differentiable(op, arguments)] if op.differentiable != () else []
@@ -143,7 +143,7 @@ def _act(op: FusedOp, item: Candidate, arguments: dict[str, Any], wanted: list[t
         return _Act(item, forward, counts)
     places = [place for place, value in enumerate(outputs) if value.requires_grad]
     # A gradient as a model's: dense, its numbers those of no special case.
-    upstream = [torch.randn(outputs[p].shape).to(outputs[p].device, outputs[p].dtype) for p in places]
+    upstream = [torch.randn(outputs[p].shape, device=outputs[p].device).to(outputs[p].dtype) for p in places]
 
     def both() -> Any:
         values_out = [value for _, value in named_tensors("", call(*values))]

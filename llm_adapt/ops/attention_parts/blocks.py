@@ -16,6 +16,7 @@ import torch
 from llm_adapt.ops.attention_parts.layouts import lengths, to_heads_first
 from llm_adapt.ops.attention_parts.request import Request
 from llm_adapt.ops.attention_parts.softmax import Weighting, attend, part_of_mask
+from llm_adapt.ops.autograd import Function
 
 __all__ = ["attend_in_blocks"]
 
@@ -42,7 +43,7 @@ def attend_in_blocks(request: Request) -> tuple[torch.Tensor, torch.Tensor]:
     return found
 
 
-class _InBlocks(torch.autograd.Function):
+class _InBlocks(Function):
     """Saves its inputs as they are, and nothing that it computes."""
 
     @staticmethod

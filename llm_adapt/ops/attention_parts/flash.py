@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from llm_adapt.ops.attention_parts.host_lists import host_list
 from llm_adapt.ops.attention_parts.lse_gradient import with_gradient
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 
 __all__ = ["Flash"]
@@ -143,7 +144,7 @@ def _inside(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return (torch.arange(x.shape[0], device=x.device) < ends[-1])[:, None, None]
 
 
-class _ZerosBehind(torch.autograd.Function):
+class _ZerosBehind(Function):
     """x; its gradient is 0 for padding, of which the packed function leaves the gradient unset."""
 
     @staticmethod

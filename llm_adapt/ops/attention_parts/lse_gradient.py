@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from llm_adapt.ops.autograd import Function
+
 __all__ = ["with_gradient"]
 
 
@@ -33,7 +35,7 @@ def with_gradient(
     return found
 
 
-class _WithGradient(torch.autograd.Function):
+class _WithGradient(Function):
     """Hands lse on; backward as above."""
 
     @staticmethod

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightop
 import torch
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call, kernel
 
 __all__ = ["rms_norm"]
@@ -29,7 +30,7 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     """Forward and backward are two functions of lightop, which know nothing of autograd."""
 
     @staticmethod

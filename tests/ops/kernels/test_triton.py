@@ -99,7 +99,7 @@ def test_kernels_compile_without_a_device(target: str, cases: str, tmp_path: Pat
     expected = {
         "gated": ("_backward", "_forward"),
         "losses": ("_backward", "_forward"),
-        "norms": ("_backward", "_backward_of_long", "_forward"),
+        "norms": ("_backward", "_backward_of_long", "_forward", "_forward_of_long"),
         "rotary": ("_turn",),
         "row_sums": ("_added_up", "_sums"),
     }

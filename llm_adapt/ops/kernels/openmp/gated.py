@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from llm_adapt.ops.activation import FUNCTIONS
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.glu import LAYOUTS
 from llm_adapt.ops.kernels.openmp.library import (
@@ -72,7 +73,7 @@ def _forward(
     return y
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(Function):
     @staticmethod
     def forward(
         ctx: Any,

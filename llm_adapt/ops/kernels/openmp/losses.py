@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.kernels.openmp.library import (
     TYPES,
@@ -67,7 +68,7 @@ def _loss_of(
     return loss, z, lse, counts
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -163,7 +164,7 @@ def _partials_of(logits: torch.Tensor, target: torch.Tensor, how: _Shard) -> tup
     return found
 
 
-class _Partials(torch.autograd.Function):
+class _Partials(Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor, how: _Shard) -> tuple[torch.Tensor, ...]:
         found = _partials_of(logits, target, how)

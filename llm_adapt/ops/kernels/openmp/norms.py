@@ -11,6 +11,7 @@ import torch
 
 from llm_adapt.ops.add_rms_norm import RESULT_DTYPES as SUM_RESULT_DTYPES
 from llm_adapt.ops.add_rms_norm import ResultDtype as SumResultDtype
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.kernels.openmp.library import (
     TYPES,
@@ -123,7 +124,7 @@ def _backward(
     return dx, dw, dbias
 
 
-class _Norm(torch.autograd.Function):
+class _Norm(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -146,7 +147,7 @@ class _Norm(torch.autograd.Function):
         return *_backward(dy, None, ctx.saved_tensors, ctx.form, ctx.needs_input_grad[:3]), None, None, None, None
 
 
-class _AddNorm(torch.autograd.Function):
+class _AddNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,

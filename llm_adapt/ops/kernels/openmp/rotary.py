@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.kernels.openmp.library import TYPES, first_order, function, gradients_wanted, openmp_kernel, pointer
 from llm_adapt.ops.rope import Layout, check_rope, table_rows
@@ -66,7 +67,7 @@ def _rotated(
     return y
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.kernels.openmp.library import (
     TYPES,
@@ -64,7 +65,7 @@ def _forward(
     return p, lse
 
 
-class _Softmax(torch.autograd.Function):
+class _Softmax(Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None, how: _How

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call, kernel
 from llm_adapt.ops.moe_permute import checked_experts
 from llm_adapt.ops.moe_unpermute import check_rows, experts_of
@@ -48,7 +49,7 @@ def moe_permute(
     return permuted, permuted_probs, indices
 
 
-class _SumOfRows(torch.autograd.Function):
+class _SumOfRows(Function):
     """y[t] = sum of weight[r] rows[r] over the rows of a token, block by block in float32. Saved: the inputs."""
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.cross_entropy import cross_entropy as dispatched_cross_entropy
 from llm_adapt.ops.cross_entropy import reduced
 from llm_adapt.ops.dispatch import Call, kernel
@@ -34,7 +35,7 @@ def cross_entropy(
     return loss, torch.zeros_like(loss, requires_grad=False)
 
 
-class _GradientsAhead(torch.autograd.Function):
+class _GradientsAhead(Function):
     """The sum of the losses of rows, weighted by `share`; their gradients are formed while the logits are there."""
 
     @staticmethod

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch_npu
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.grouped_gemm import row_experts
 from llm_adapt.ops.kernels.torch_npu.library import npu_kernel
@@ -60,7 +61,7 @@ def _without_rest(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return rows.masked_fill((index >= counts.sum())[:, None], 0.0)
 
 
-class _GroupedGEMM(torch.autograd.Function):
+class _GroupedGEMM(Function):
     """y = x @ weight[e].
 
     Rows of x and dy must be contiguous: torch_npu takes no transposed x where rows are grouped, and for the gradient
@@ -139,7 +140,7 @@ def _demand_rows(op: str, rows: int, tokens: int, topk: int) -> None:
         )
 
 
-class _BothReached(torch.autograd.Function):
+class _BothReached(Function):
     """Two results of one operator as they are; in backward a gradient that is not there becomes zeros.
 
     torch_npu reads the shape of the tokens' gradient without asking whether there is one: a loss of the probs alone

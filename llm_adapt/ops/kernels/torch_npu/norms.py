@@ -12,6 +12,7 @@ import torch
 import torch_npu
 
 from llm_adapt.ops.add_rms_norm import ResultDtype as SumResultDtype
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call
 from llm_adapt.ops.kernels.torch_npu.library import npu_kernel
 from llm_adapt.ops.rms_norm import Form, ResultDtype, result_of
@@ -52,7 +53,7 @@ def rms_norm(
     return _normed(x, weight, eps, form, result_of(result_dtype, x.dtype, weight))
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _AddRMSNorm(Function):
     """npu_add_rms_norm with the backward that torch_npu leaves out."""
 
     @staticmethod

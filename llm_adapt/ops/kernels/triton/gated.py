@@ -13,6 +13,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from llm_adapt.ops.activation import check_weights
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.glu import check_glu, split
 from llm_adapt.ops.kernels.triton.library import block_of, launch, rows_of, triton_kernel
 
@@ -174,7 +175,7 @@ def _constants(
     }
 
 
-class _GLU(torch.autograd.Function):
+class _GLU(Function):
     @staticmethod
     def forward(
         x: torch.Tensor, up: torch.Tensor | None, weights: torch.Tensor | None, options: _Options

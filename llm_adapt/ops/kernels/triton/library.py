@@ -75,12 +75,12 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def block_of(columns: int, most: int = _MOST_COLUMNS) -> int:
     """Columns that a program takes at a time: a power of two, as Triton wants it."""
-    return min(int(triton.next_power_of_2(columns)), most)
+    return min(1 << (columns - 1).bit_length(), most)
 
 
 def programs_at_once(device: torch.device) -> int:
-    """Programs among which rows are shared out where each program ends with a sum of its own: few, yet enough."""
-    return _PROGRAMS_AT_ONCE if device.type != "cuda" else 2 * _processors(device.index)
+    """Programs among which rows are shared out where each ends with a sum of its own: few, and none has to wait."""
+    return _PROGRAMS_AT_ONCE if device.type != "cuda" else _processors(device.index)
 
 
 @functools.cache

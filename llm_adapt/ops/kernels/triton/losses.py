@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.cross_entropy import check_losses, reduced
 from llm_adapt.ops.kernels.triton.library import block_of, launch, rows_of, triton_kernel
 
 __all__ = ["cross_entropy"]
 
-_MOST_ON_GPU = 8192  # columns of a block
 _STAGES = 3  # blocks of the forward that are read ahead, and the one in hand
 
 
@@ -177,8 +177,7 @@ class _Options(NamedTuple):
 
 
 def _constants(logits: torch.Tensor, class_weight: torch.Tensor | None, options: _Options) -> dict[str, Any]:
-    most = {"most": _MOST_ON_GPU} if logits.device.type == "cuda" else {}
-    block = block_of(logits.shape[1], **most)
+    block = block_of(logits.shape[1])
     return {
         "ignored": options.ignore_index,
         "smoothing": float(options.label_smoothing),
@@ -198,7 +197,7 @@ def _weights(class_weight: torch.Tensor | None) -> tuple[torch.Tensor | None, to
     return (None, None) if class_weight is None else (class_weight.contiguous(), class_weight.float().sum())
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(
         logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, options: _Options

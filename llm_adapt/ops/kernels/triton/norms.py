@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from llm_adapt.ops.add_rms_norm import RESULT_DTYPES as SUM_RESULT_DTYPES
 from llm_adapt.ops.add_rms_norm import ResultDtype as SumResultDtype
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.kernels.triton.library import block_of, launch, programs_at_once, rows_of, triton_kernel
 from llm_adapt.ops.kernels.triton.row_sums import added_up, sums_of_products
 from llm_adapt.ops.rms_norm import FORMS, RESULT_DTYPES, Form, ResultDtype, check_norm, result_of
@@ -21,7 +22,7 @@ from llm_adapt.ops.rms_norm import FORMS, RESULT_DTYPES, Form, ResultDtype, chec
 __all__ = ["add_rms_norm", "rms_norm"]
 
 _SOURCE = "our own; Zhang and Sennrich 2019, equation 4"
-_STAGES = 3  # rows of the backward that are read ahead, and the one in hand
+_STAGES = 4  # rows of the backward that are read ahead, and the one in hand
 
 
 @triton.jit
@@ -73,30 +74,55 @@ def _forward(
     eps,
     FORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    IS_WHOLE: tl.constexpr,  # one block holds a row
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        x_row, residual_row, h_row, y_row = x + row * x_stride, residual, h, y + row * columns
+    """Of rows that one block holds, several at a time where they are short."""
+    at = tl.arange(0, BLOCK)[None, :]
+    for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        is_there = (row < rows) & (at < columns)
+        residual_row = residual
         if HAS_RESIDUAL:
-            residual_row, h_row = residual + row * residual_stride, h + row * columns
-        if IS_WHOLE:
-            at = tl.arange(0, BLOCK)
+            residual_row = residual + row * residual_stride
+        value = _sum_at(x + row * x_stride, residual_row, h, at, is_there, HAS_RESIDUAL)
+        r = tl.rsqrt(tl.sum(value * value, 1) / columns + eps)[:, None]
+        _write(value, r, weight, y + row * columns, h + row * columns, at, is_there, FORM, HAS_RESIDUAL)
+
+
+@triton.jit
+def _forward_of_long(
+    x,
+    residual,
+    weight,
+    y,
+    h,
+    rows,
+    columns,
+    x_stride,
+    residual_stride,
+    eps,
+    FORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of rows of several blocks, read twice, one at a time."""
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        x_row, residual_row = x + row * x_stride, residual
+        if HAS_RESIDUAL:
+            residual_row = residual + row * residual_stride
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
             value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
-            r = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
-            _write(value, r, weight, y_row, h_row, at, at < columns, FORM, HAS_RESIDUAL)
-        else:
-            squares = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, columns, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
-                squares += value * value
-            r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
-            for start in range(0, columns, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                # h is added up again: what was just stored may not be read back without a barrier.
-                value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
-                _write(value, r, weight, y_row, h_row, at, at < columns, FORM, HAS_RESIDUAL)
+            squares += value * value
+        r = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            # h is added up again: what was just stored may not be read back without a barrier.
+            value = _sum_at(x_row, residual_row, h, at, at < columns, HAS_RESIDUAL)
+            _write(value, r, weight, y + row * columns, h + row * columns, at, at < columns, FORM, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -117,31 +143,34 @@ def _backward(
     HAS_DH: tl.constexpr,
     WANTS_WEIGHT: tl.constexpr,
     STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of rows that one block holds: each number is read once."""
-    at = tl.arange(0, BLOCK)
+    """Of rows that one block holds: each number is read once, and the next rows while these are summed."""
+    at = tl.arange(0, BLOCK)[None, :]
     is_column = at < columns
-    total = tl.zeros([BLOCK], tl.float32)
-    w = total
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     if FORM != "none":
         w = _weight_at(weight, at, is_column, FORM)
-    # Staged: the next rows are on their way while this one is summed.
-    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=STAGES):
-        value = tl.load(h + row * h_stride + at, mask=is_column, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + at, mask=is_column, other=0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+    begin, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0) * ROWS
+    for first in tl.range(begin, rows, step, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)[:, None]
+        is_there = (row < rows) & is_column
+        value = tl.load(h + row * h_stride + at, mask=is_there, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + at, mask=is_there, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(value * value, 1) / columns + eps)[:, None]
         n = value * r
         if WANTS_WEIGHT:
             total += g * n
         if FORM != "none":
             g = g * w
-        gradient = r * (g - n * (tl.sum(g * n, 0) / columns))
+        gradient = r * (g - n * (tl.sum(g * n, 1)[:, None] / columns))
         if HAS_DH:
-            gradient += tl.load(dh + row * dh_stride + at, mask=is_column, other=0.0).to(tl.float32)
-        tl.store(dx + row * columns + at, gradient.to(dx.dtype.element_ty), mask=is_column)
+            gradient += tl.load(dh + row * dh_stride + at, mask=is_there, other=0.0).to(tl.float32)
+        tl.store(dx + row * columns + at, gradient.to(dx.dtype.element_ty), mask=is_there)
     if WANTS_WEIGHT:
-        tl.store(parts + tl.program_id(0) * columns + at, total, mask=is_column)
+        columns_at = tl.arange(0, BLOCK)
+        tl.store(parts + tl.program_id(0) * columns + columns_at, tl.sum(total, 0), mask=columns_at < columns)
 
 
 @triton.jit
@@ -161,9 +190,11 @@ def _backward_of_long(
     FORM: tl.constexpr,
     HAS_DH: tl.constexpr,
     WANTS_WEIGHT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of rows of several blocks, read twice. r is stored for the gradient of the weight."""
+    """Of rows of several blocks, read twice, one at a time. r is stored for the gradient of the weight."""
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         h_row, dy_row = h + row * h_stride, dy + row * dy_stride
         squares, products = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -205,10 +236,10 @@ def _normed(
     added = None if residual is None else rows_of(residual)
     if residual is not None:
         h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    block = block_of(rows.shape[1], _most_columns(x.device))
+    tile, is_whole = _tile_of(rows)
     launch(
-        _forward,
-        rows.shape[0],
+        _forward if is_whole else _forward_of_long,
+        -(-rows.shape[0] // tile["ROWS"]),
         rows,
         added,
         None if weight is None else weight.contiguous(),
@@ -220,9 +251,7 @@ def _normed(
         eps,
         FORM="none" if weight is None else form,
         HAS_RESIDUAL=added is not None,
-        IS_WHOLE=rows.shape[1] <= block,
-        BLOCK=block,
-        block=block,
+        **tile,
     )
     return y, h
 
@@ -240,11 +269,10 @@ def _gradients(
     rows, dy_rows = rows_of(h), rows_of(dy)
     dh_rows = None if dh is None else rows_of(dh)
     number, columns = rows.shape
-    block = block_of(columns, _most_columns(h.device))
-    is_whole = columns <= block
+    tile, is_whole = _tile_of(rows)
     wants_weight = wants_weight and weight is not None
     dx = h.new_empty(h.shape)
-    programs = min(number, programs_at_once(h.device)) if is_whole else number
+    programs = min(-(-number // tile["ROWS"]), programs_at_once(h.device)) if is_whole else number
     kept = rows.new_empty((programs, columns) if is_whole else (number,), dtype=torch.float32) if wants_weight else None
     launch(
         _backward if is_whole else _backward_of_long,
@@ -264,22 +292,23 @@ def _gradients(
         FORM="none" if weight is None else form,
         HAS_DH=dh is not None,
         WANTS_WEIGHT=wants_weight,
-        BLOCK=block,
-        block=2 * block,  # of h and of dy
-        **({"STAGES": _STAGES} if is_whole else {}),
+        STAGES=_STAGES,
+        **tile,
     )
     if weight is None or kept is None:
         return dx, None
-    parts = kept if is_whole else sums_of_products(rows, dy_rows, kept, block)
+    parts = kept if is_whole else sums_of_products(rows, dy_rows, kept, tile["BLOCK"])
     return dx, added_up(parts, weight.dtype)
 
 
-def _most_columns(device: torch.device) -> int:
-    """Of a block: more fit the registers of a GPU's processor than the memory of an NPU's vector core."""
-    return 8192 if device.type == "cuda" else 4096
+def _tile_of(rows: torch.Tensor) -> tuple[dict[str, int], bool]:
+    """What a program holds at a time, and whether that is whole rows; of a GPU more than of an NPU's vector core."""
+    block = block_of(rows.shape[1], 8192 if rows.device.type == "cuda" else 4096)
+    number = max(4096 // block, 1)
+    return {"ROWS": number, "BLOCK": block, "block": number * block}, rows.shape[1] <= block
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
     def forward(
         x: torch.Tensor, weight: torch.Tensor | None, eps: float, form: str, result: torch.dtype
@@ -299,7 +328,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _AddRMSNorm(Function):
     @staticmethod
     def forward(
         x: torch.Tensor,

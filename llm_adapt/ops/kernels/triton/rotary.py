@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.kernels.triton.library import block_of, launch, triton_kernel
 from llm_adapt.ops.rope import Layout, check_rope, table_rows
 
@@ -226,7 +227,7 @@ def _turned(
     return y
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(
         x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None, way: _Way

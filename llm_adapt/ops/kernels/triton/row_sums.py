@@ -45,7 +45,7 @@ def sums_of_products(h: torch.Tensor, dy: torch.Tensor, rstd: torch.Tensor, bloc
     """Sums of dy h rstd in parts [programs, H] float32, each of some of the rows of h and dy [N, H], rstd [N]."""
     number, columns = h.shape
     blocks = -(-columns // block)
-    programs = min(number, max(programs_at_once(h.device) // blocks, 1))
+    programs = min(number, max(4 * programs_at_once(h.device) // blocks, 1))
     parts = h.new_empty(programs, columns, dtype=torch.float32)
     sizes = number, columns, h.stride(0), dy.stride(0), programs, blocks
     launch(_sums, programs * blocks, h, dy, rstd, parts, *sizes, BLOCK=block, block=block)
