@@ -236,3 +236,36 @@ def test_a_time_that_is_none(seconds: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", f"--seconds={seconds}"])
     assert "--seconds" in capsys.readouterr().err
+
+
+def test_stopping_keeps_what_was_measured(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """Ctrl-C during the second case: the first one is printed and written, and the exit code says that it was stopped."""
+    from llm_adapt.cli.bench import measure
+
+    real, calls = measure.measure, []
+
+    def stopped(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(measure, "measure", stopped)
+    record = bench(tmp_path, "--only", "rms_norm", "--peers", "none", code=130)
+    assert {row["op"] for row in record["results"]} == {"rms_norm"}
+    assert record["stopped"] is True
+    assert "stopped; what was measured so far follows" in capsys.readouterr().err
+
+
+def test_a_candidate_that_cannot_run_is_listed(tmp_path: Path, monkeypatch: Patch) -> None:
+    """One that holds its proof and then raises, as for want of memory, is refused with what it raised."""
+
+    def hungry(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        if threading.current_thread().name != "llm_adapt proof":
+            raise torch.OutOfMemoryError("no memory left\nand more")
+        return right(x, up)
+
+    put_in(monkeypatch, "hungry", hungry)
+    record = bench(tmp_path, "--only", "glu", "--peers", "hungry")
+    assert {row["refused"] for row in rows_of(record, "hungry")} == {"raised OutOfMemoryError: no memory left"}
+    assert all(row["seconds"] for row in rows_of(record, "eager"))

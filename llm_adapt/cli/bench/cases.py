@@ -248,6 +248,7 @@ def _history(g: torch.Generator, dtype: torch.dtype, steps: int, tensors: int) -
 
 
 _TH = ("tokens", "hidden")
+_HS = ("tokens times heads", "head size")
 _TW = ("tokens", "width")
 _TV = ("tokens", "vocabulary")
 _THS = ("tokens", "heads", "head size")
@@ -308,6 +309,8 @@ CASES = (
     Case("quantize_int8", _L8, _RC, (4096, 4096), (512, 4096), (128, 4096), _rows),
     Case("rms_norm", _L8, _TH, (4096, 4096), (512, 4096), (128, 4096), _norm("x", form="cast_first")),
     Case("rms_norm", _Q72, _TH, (4096, 8192), (256, 8192), (64, 8192), _norm("x")),
+    Case("rms_norm", "Qwen3-8B, its heads", _HS, (131072, 128), (8192, 128), (2048, 128),
+         _norm("x", form="cast_first")),
     Case("rope", _L8, _THS, (4096, 32, 128), (512, 32, 128), (128, 32, 128), _rope("bhsd")),
     Case("rope", _Q72, _THS, (4096, 64, 128), (256, 64, 128), (64, 64, 128), _rope("sbhd")),
     Case("rope", _DS, _THS, (4096, 128, 64), (256, 128, 64), (64, 128, 64),

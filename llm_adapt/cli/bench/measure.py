@@ -78,8 +78,15 @@ def _measure_mode(
         op.name, case.model, case.scaled(settings.scale), str(describe(op.name, op.signature, arguments, op.lists)),
         str(dtype).removeprefix("torch."), mode, "", "",
     )  # fmt: skip
-    found = candidates(op, arguments, settings.asked)
-    acts = {item.name: _act(op, item, arguments, wanted) for item in found if item.call is not None}
+    found, acts = [], {}
+    for item in candidates(op, arguments, settings.asked):
+        reason = item.refused
+        try:
+            if item.call is not None:
+                acts[item.name] = _act(op, item, arguments, wanted)
+        except Exception as error:  # noqa: BLE001 - out of memory, say: it is listed, and the others are measured
+            reason = f"raised {type(error).__name__}: {error}".partition("\n")[0]
+        found.append(replace(item, refused=reason))
     samples = take_turns({name: one.act for name, one in acts.items()}, machine.clock, settings.budget_s)
     rows = [_row(plain, item, acts, samples, machine, dtype, bool(wanted)) for item in found]
     for place, row in enumerate(rows):
