@@ -239,7 +239,7 @@ def test_a_time_that_is_none(seconds: str, capsys: Capture) -> None:
 
 
 def test_stopping_keeps_what_was_measured(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    """Ctrl-C during the second case: the first one is printed and written, and the exit code says that it was stopped."""
+    """Ctrl-C during the second case: the first is printed and written, and the exit code says that it was stopped."""
     from llm_adapt.cli.bench import measure
 
     real, calls = measure.measure, []
