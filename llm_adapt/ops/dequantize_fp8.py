@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from llm_adapt.ops.dispatch import fused_op
-from llm_adapt.ops.quantize_fp8 import FORMATS, spread
+from llm_adapt.ops.quantize_fp8 import FORMATS, times_scale
 
 __all__ = ["dequantize_fp8"]
 
@@ -52,4 +52,4 @@ def dequantize_fp8(
             f"dequantize_fp8: q {tuple(q.shape)} and scale_inv {tuple(scale_inv.shape)} do not fit block={block!r}."
         )
     with torch.no_grad():
-        return (q.float() * spread(scale_inv.float(), q.shape, block)).to(dtype)
+        return times_scale(q.float(), scale_inv.float(), block).to(dtype)

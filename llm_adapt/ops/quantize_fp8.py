@@ -85,8 +85,16 @@ def to_fp8(
         scale = _scale(amax, largest, power_of_two, min_amax)
     else:
         scale = scale.float().reshape(())
-    scaled = wide * spread(scale, x.shape, block)
-    return scaled.clamp(-largest, largest).to(FORMATS[format]), 1 / scale, amax
+    scaled = times_scale(wide, scale, block)
+    return scaled.clamp_(-largest, largest).to(FORMATS[format]), 1 / scale, amax
+
+
+def times_scale(x: torch.Tensor, scale: torch.Tensor, block: str) -> torch.Tensor:
+    """x times the scale of each block. Whole blocks of a row need no scale of the size of x."""
+    if block == "1x128" and x.shape[-1] % 128 == 0:
+        tiles: torch.Tensor = x.unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)
+        return tiles.flatten(-2)
+    return x * spread(scale, x.shape, block)
 
 
 def spread(scale: torch.Tensor, shape: torch.Size, block: str) -> torch.Tensor:
@@ -103,6 +111,9 @@ def _amax(x: torch.Tensor, block: str) -> torch.Tensor:
     if block == "tensor":
         return x.abs().amax() if x.numel() else x.new_zeros(())
     rows, columns = BLOCKS[block]
+    if rows == 1 and x.shape[-1] % columns == 0:
+        found: torch.Tensor = x.unflatten(-1, (-1, columns)).abs().amax(-1)
+        return found
     flat = x.reshape(-1, x.shape[-1])
     padded = F.pad(flat, (0, -flat.shape[1] % columns, 0, -flat.shape[0] % rows))
     tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)

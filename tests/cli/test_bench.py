@@ -152,6 +152,22 @@ def test_check_finds_a_slow_kernel(tmp_path: Path, monkeypatch: Patch, capsys: C
     assert bench(tmp_path, *asked)["slower_than_eager"] == listed
 
 
+def test_a_less_accurate_eager_function_is_no_yardstick(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """A kernel that is slower, and three times as accurate, is listed with how much, and --check passes."""
+
+    def rounded(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        return right(x, up) * (1 + 4e-6)
+
+    put_in(monkeypatch, "sleepy", slow)
+    monkeypatch.setitem(counterparts.EAGER, "glu", [Kernel("glu", "eager", rounded, "this test")])
+    record = bench(tmp_path, "--only", "glu", "--ops", "order=sleepy", "--peers", "none", "--check")
+    assert record["slower_than_eager"] == []
+    assert ["glu", "Llama-3-8B", "float32", "forward"] in record["slower_and_more_accurate"]
+    row = rows_of(record, "dispatched")[0]
+    assert row["eager_error"] > 3 * row["error"] > 0
+    assert "whose error is" in capsys.readouterr().err
+
+
 def test_check_passes_where_eager_is_slower(tmp_path: Path, monkeypatch: Patch) -> None:
     """With --check the exit code is 0 when nothing that dispatch serves is slower than eager."""
     monkeypatch.setitem(counterparts.EAGER, "glu", [Kernel("glu", "eager", slow, "this test")])

@@ -27,6 +27,7 @@ __all__ = [
     "INDUCTOR",
     "Candidate",
     "absent",
+    "accuracy",
     "candidates",
     "check_peers",
     "listing",
@@ -131,6 +132,18 @@ def _answers(op: FusedOp, arguments: dict[str, Any], asked: frozenset[str]) -> d
         warnings.simplefilter("ignore", RuntimeWarning)  # a quarantine: its reason is shown with the candidate
         _, answers = dispatchers[op.name].ask_all(arguments)
     return {library: reason for library, (reason, _) in answers.items()}
+
+
+def accuracy(op: FusedOp, item: Candidate, arguments: dict[str, Any]) -> float:
+    """The largest error of eager, or of who serves a dispatched call, as a share of what a kernel is allowed."""
+    if item.name == EAGER:
+        kernel = next(kernel for kernel in eager_of(op.name) if item.source.startswith(kernel.source))
+        op = _forgiving(op)
+    else:
+        plain = Kernel(op.name, REFERENCE, op.reference, "the definition of the op")
+        kernel = op.kernels.get(item.source, plain)
+    share = _FORGIVEN if item.name == EAGER else 1
+    return share * max(prove(op, kernel, arguments).errors.values(), default=0.0)
 
 
 def _libraries(op: FusedOp, answers: dict[str, str]) -> list[Candidate]:

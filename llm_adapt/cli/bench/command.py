@@ -216,11 +216,12 @@ def _list(work: Work) -> int:
 
 def _conclude(args: argparse.Namespace, rows: list[Row], machine: Machine, record: dict[str, Any]) -> int:
     """Print, write, and judge."""
-    from llm_adapt.cli.bench.results import COLUMNS, SCHEMA, cells, offenders
+    from llm_adapt.cli.bench.results import COLUMNS, SCHEMA, cells, is_slower, offenders
 
     title = machine.title + (f", SIMULATED as {machine.simulated}: times say nothing" if machine.simulated else "")
     render.table(f"Operators on {title}", COLUMNS, [cells(row) for row in rows])
     slower = offenders(rows, args.margin / 100)
+    dearer = [row for row in rows if row.error is not None and is_slower(row, args.margin / 100) and row not in slower]
     record = {
         "schema": SCHEMA,
         "benchmark": "ops",
@@ -230,12 +231,18 @@ def _conclude(args: argparse.Namespace, rows: list[Row], machine: Machine, recor
         **record,
         "facts": machine.facts() | {"matmul_gflop_s": _rates(rows, machine)},
         "slower_than_eager": [list(row.kind) for row in slower],
+        "slower_and_more_accurate": [list(row.kind) for row in dearer],
     }
     if args.out is not None:
         _write(record, rows, title, args.out)
-    for row in slower:
+    for row in (*slower, *dearer):
         text = f"{row.op} {row.model} {row.dtype} {row.mode}: {row.source} is {row.ratio:.3f}x eager"
-        print(f"slower than eager: {text} ({row.ratio_low:.3f}-{row.ratio_high:.3f})", file=sys.stderr)
+        times = (
+            ""
+            if row in slower
+            else f", whose error is {(row.eager_error or 0) / max(row.error or 0, 1e-9):.0f} times as large"
+        )
+        print(f"slower than eager: {text} ({row.ratio_low:.3f}-{row.ratio_high:.3f}){times}", file=sys.stderr)
     compared = sum(row.candidate == "dispatched" and row.ratio is not None for row in rows)
     print(f"{compared} calls compared with eager, {len(slower)} slower", file=sys.stderr)
     return 130 if record.get("stopped") else int(args.check and bool(slower))

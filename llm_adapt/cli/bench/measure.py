@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llm_adapt.cli.bench.candidates import DISPATCHED, EAGER, Candidate, candidates
+from llm_adapt.cli.bench.candidates import DISPATCHED, EAGER, Candidate, accuracy, candidates
 from llm_adapt.cli.bench.cases import Case, Scale
 from llm_adapt.cli.bench.counts import Counts, count
 from llm_adapt.cli.bench.machine import Machine
@@ -93,7 +93,9 @@ def _measure_mode(
         if row.candidate == DISPATCHED and is_slower(row, settings.margin):
             pair = {name: acts[name].act for name in (EAGER, DISPATCHED)}
             again = take_turns(pair, machine.clock, _AGAIN * settings.budget_s, most_rounds=90)
-            rows[place] = _row(plain, found[place], acts, again, machine, dtype, bool(wanted))
+            slower = _row(plain, found[place], acts, again, machine, dtype, bool(wanted))
+            errors = [accuracy(op, item, arguments) for item in (found[0], found[place])]
+            rows[place] = replace(slower, eager_error=errors[0], error=errors[1])
     for row in rows:
         memory = None if row.refused else machine.peak_bytes(acts[row.candidate].act)
         yield replace(row, peak_bytes=memory)

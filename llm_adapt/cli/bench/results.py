@@ -12,9 +12,10 @@ from typing import Any
 
 from llm_adapt.cli.bench.candidates import DISPATCHED, EAGER
 
-__all__ = ["SCHEMA", "Row", "markdown", "offenders", "write"]
+__all__ = ["SCHEMA", "Row", "is_more_accurate", "is_slower", "markdown", "offenders", "write"]
 
 SCHEMA = 1  # of bench.json; changes when a field changes its meaning
+_ERRORS = 3  # times the error: what rounds once more has at most twice as much
 DISPATCH_S = 1e-6  # what one dispatched call may cost beyond its kernel (benchmarks/dispatch.py holds it to that)
 
 
@@ -31,6 +32,8 @@ class Row:
         bandwidth_share, matmul_share: of the copy bandwidth and of the matmul rate that were measured in this run.
         roofline_share: the least time by these two / the time; above 1 where data stays in a cache.
         copy_share: the time in which a copy moves as many bytes in this run / the time.
+        eager_error, error: of a dispatched call that is slower than eager, the largest error of both, as shares of what
+            a kernel is allowed.
         peak_bytes: what one call allocates at its peak, results included.
     """
 
@@ -57,6 +60,8 @@ class Row:
     roofline_share: float | None = None
     copy_share: float | None = None
     peak_bytes: float | None = None
+    eager_error: float | None = None
+    error: float | None = None
 
     @property
     def kind(self) -> tuple[str, str, str, str]:
@@ -65,12 +70,18 @@ class Row:
 
 
 def offenders(rows: Sequence[Row], margin: float) -> list[Row]:
-    """Dispatched calls that are slower than eager beyond the interval of their ratio.
+    """Dispatched calls that are slower than eager beyond the interval of their ratio, and no more accurate.
 
     Args:
         margin: a share of the time that is allowed on top, and so is what dispatch itself costs a call, 1 us.
     """
-    return [row for row in rows if row.candidate == DISPATCHED and is_slower(row, margin)]
+    slower = [row for row in rows if row.candidate == DISPATCHED and is_slower(row, margin)]
+    return [row for row in slower if not is_more_accurate(row)]
+
+
+def is_more_accurate(row: Row) -> bool:
+    """Whether the error of eager is several times that of what is served: it leaves out work that has to be done."""
+    return row.eager_error is not None and row.error is not None and row.eager_error >= _ERRORS * row.error
 
 
 def is_slower(row: Row, margin: float) -> bool:

@@ -21,7 +21,9 @@ def to_heads_first(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def from_heads_first(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Back to the layout, contiguous."""
+    """Back to the layout, contiguous; but [B, H, S, D] as it is, since who asks for it transposes it next."""
+    if layout == "bhsd":
+        return x
     return (x.squeeze(0).transpose(0, 1) if layout == "thd" else x.permute(_FROM[layout])).contiguous()
 
 

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_adapt.ops.attention_parts.cache import CacheRequest
 from llm_adapt.ops.attention_parts.layouts import from_heads_first, to_heads_first
-from llm_adapt.ops.attention_parts.places import dense_places
+from llm_adapt.ops.attention_parts.places import Places, dense_places
+from llm_adapt.ops.attention_parts.scores import attention_by_scores, is_for_scores
 from llm_adapt.ops.dispatch import Call
 
 __all__ = ["sdpa", "sdpa_of_cache", "why_not_sdpa", "why_not_sdpa_of_cache"]
@@ -113,11 +114,9 @@ def sdpa_of_cache(request: CacheRequest) -> torch.Tensor:
     """
     q, key, value = request.q, request.gathered(request.k_cache), request.gathered(request.v_cache)
     batch, rows, heads, size = q.shape
+    places, key, value = _keys_of_sequences(request.places(key.shape[1]), key, value)
     columns, groups = key.shape[1:3]
-    places = request.places(columns)
-    assert places.key_of is not None
-    is_key = (places.key_of >= 0)[:, :, None, None]
-    key, value = (torch.where(is_key, x, 0).transpose(1, 2) for x in (key, value))  # 0 * NaN is NaN
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
     seen = places.visible(request.causal != "none", request.window_left, request.window_right)
     assert seen is not None
     is_empty = ~seen.any(-1, keepdim=True)
@@ -126,6 +125,25 @@ def sdpa_of_cache(request: CacheRequest) -> torch.Tensor:
     mask = (seen | is_empty).expand(batch, each, rows, columns).reshape(batch, 1, each * rows, columns)
     out = _sdpa(stacked, key, value, mask, False, request.scale).reshape(batch, heads, rows, value.shape[-1])
     return from_heads_first(out.masked_fill(is_empty, 0.0), "bshd")
+
+
+def _keys_of_sequences(
+    places: Places, key: torch.Tensor, value: torch.Tensor
+) -> tuple[Places, torch.Tensor, torch.Tensor]:
+    """Keys and values [B, Sk, G, D] with 0 where no token has been written yet: 0 * NaN is NaN.
+
+    On the CPU, where nothing has to be waited for, the end that no sequence has reached is left out, and nothing is
+    copied where all have the same length.
+    """
+    assert places.key_of is not None
+    is_key = places.key_of >= 0
+    if key.device.type == "cpu" and not torch.compiler.is_compiling() and is_key.any():
+        end = is_key.shape[1] - int(is_key.any(0).flip(0).int().argmax())
+        places, key, value, is_key = places.part(slice(None), slice(end)), key[:, :end], value[:, :end], is_key[:, :end]
+        if is_key.all():
+            return places, key, value
+    key, value = (torch.where(is_key[:, :, None, None], x, 0) for x in (key, value))
+    return places, key, value
 
 
 def _combined(mask: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
@@ -158,6 +176,8 @@ def _sdpa(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
+    if is_for_scores(query, key, value):
+        return attention_by_scores(query, key, value, mask, is_causal, scale)
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.device.type not in ("cpu", "cuda") and not _takes_groups(query.device.type):
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))

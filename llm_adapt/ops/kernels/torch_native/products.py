@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
+from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call, kernel
 from llm_adapt.ops.grouped_gemm import row_experts
 from llm_adapt.ops.kernels.torch_native.low_precision import quantized_rows
@@ -43,13 +46,40 @@ def grouped_gemm(
     inner, outer = (-size % (16 // x.element_size()) for size in matrices.shape[1:])
     if inner or outer:
         x, matrices = F.pad(x, (0, inner)), F.pad(matrices, (0, outer, 0, inner))
+    columns = weight.shape[1 if transposed else 2]
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+    if bias is None and _are_all_there(tokens_per_expert, x.shape[0]):
+        y = F.grouped_mm(x, matrices, offs=ends)[:, :columns]
+        return _WithDenseGradient.apply(y) if y.requires_grad else y
     expert = row_experts(tokens_per_expert, x.shape[0]).unsqueeze(1)
     is_row = expert < weight.shape[0]
-    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
-    y = F.grouped_mm(torch.where(is_row, x, 0), matrices, offs=ends)[:, : weight.shape[1 if transposed else 2]]
+    y = F.grouped_mm(torch.where(is_row, x, 0), matrices, offs=ends)[:, :columns]
     if bias is not None:
         y = y + bias[expert.squeeze(1).clamp(max=weight.shape[0] - 1)]
     return torch.where(is_row, y, 0)
+
+
+class _WithDenseGradient(Function):
+    """Hands its input on; the gradient of a sum has strides of 0, which grouped_mm refuses."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+        return upstream.contiguous()
+
+
+def _are_all_there(tokens_per_expert: torch.Tensor, rows: int) -> bool:
+    """Whether every row is known to belong to an expert: counts on a device are not waited for."""
+    if tokens_per_expert.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return int(tokens_per_expert.sum()) == rows
 
 
 def _not_for_int_mm(call: Call) -> str | None:
