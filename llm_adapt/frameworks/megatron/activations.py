@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.megatron.seams import seam
+from llm_adapt.frameworks.megatron.seams import seam, telling
 from llm_adapt.patching import Row
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Function = Callable[..., torch.Tensor]
+Told = Callable[[], None]
 
 _BODIES = {
     "bias_swiglu_impl": {"0.12": "c9f0733ba9c8", "0.13 to 0.19": "99d8433e1740"},
@@ -49,7 +50,7 @@ def rows(context: Context) -> list[Row]:
     """One row for each fused function; none with ops="off"."""
     if not context.serves_operators:
         return []
-    table: list[tuple[str, Callable[[Function], Function], str]] = [
+    table: list[tuple[str, Callable[[Function, Told], Function], str]] = [
         ("bias_swiglu:bias_swiglu_impl", bias_swiglu, "operator glu; inputs stored in FP8 or offloaded stay"),
         ("bias_swiglu:weighted_bias_swiglu_impl", weighted_swiglu, "operator glu; inputs stored in FP8 stay"),
         ("bias_geglu:bias_geglu_impl", bias_geglu, "operator glu, gelu in its tanh form"),
@@ -67,12 +68,13 @@ def rows(context: Context) -> list[Row]:
         ),
     ]
     return [
-        seam(f"megatron.core.fusions.fused_{target}", new, reason, bodies=_BODIES.get(target.partition(":")[2]))
+        seam(f"megatron.core.fusions.fused_{target}", telling(context, target, new), reason, bodies=_BODIES.get(name))
         for target, new, reason in table
+        for name in (target.partition(":")[2],)
     ]
 
 
-def bias_swiglu(original: Function) -> Function:
+def bias_swiglu(original: Function, told: Told) -> Function:
     """`bias_swiglu_impl`: silu(gate + bias) * (linear + bias)."""
     from llm_adapt.ops.glu import glu
 
@@ -84,6 +86,7 @@ def bias_swiglu(original: Function) -> Function:
         cpu_offload_input: bool = False,
     ) -> torch.Tensor:
         if fp8_input_store or cpu_offload_input or not _fits(input, bias):
+            told()
             offload = {"cpu_offload_input": cpu_offload_input} if cpu_offload_input else {}  # unknown to 0.12
             return original(input, bias, fp8_input_store, **offload)
         return _in_rows(input, lambda x: glu(x, bias=bias))
@@ -91,7 +94,7 @@ def bias_swiglu(original: Function) -> Function:
     return bias_swiglu_impl
 
 
-def weighted_swiglu(original: Function) -> Function:
+def weighted_swiglu(original: Function, told: Told) -> Function:
     """`weighted_bias_swiglu_impl`: silu(gate) * linear * weights; a bias is refused by the original."""
     from llm_adapt.ops.glu import glu
 
@@ -103,26 +106,28 @@ def weighted_swiglu(original: Function) -> Function:
         fp8_input_store: bool = False,
     ) -> torch.Tensor:
         if fp8_input_store or bias is not None or not _fits(input, None, weights):
+            told()
             return original(input, bias, weights, fp8_input_store)
         return _in_rows(input, lambda x: glu(x, weights=weights))
 
     return weighted_bias_swiglu_impl
 
 
-def bias_geglu(original: Function) -> Function:
+def bias_geglu(original: Function, told: Told) -> Function:
     """`bias_geglu_impl`: gelu(gate + bias) * (linear + bias), gelu in its tanh form."""
     from llm_adapt.ops.glu import glu
 
     @functools.wraps(original)
     def bias_geglu_impl(input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not _fits(input, bias):
+            told()
             return original(input, bias)
         return _in_rows(input, lambda x: glu(x, bias=bias, activation="gelu_tanh"))
 
     return bias_geglu_impl
 
 
-def weighted_quick_geglu(original: Function) -> Function:
+def weighted_quick_geglu(original: Function, told: Told) -> Function:
     """`weighted_bias_quick_geglu_impl`: quick_gelu(gate + bias) * (linear + bias + offset) * weights.
 
     Megatron clamps before it adds the bias, and the operator after, so with both the original is called.
@@ -140,6 +145,7 @@ def weighted_quick_geglu(original: Function) -> Function:
     ) -> torch.Tensor:
         is_clamped_first = clamp_value is not None and (bias is not None or not clamp_value > 0)
         if fp8_input_store or is_clamped_first or not _fits(input, bias, weights):
+            told()
             return original(input, bias, weights, fp8_input_store, linear_offset, clamp_value)
 
         def quick_geglu(x: torch.Tensor) -> torch.Tensor:
@@ -151,33 +157,35 @@ def weighted_quick_geglu(original: Function) -> Function:
     return weighted_bias_quick_geglu_impl
 
 
-def bias_gelu(original: Function) -> Function:
+def bias_gelu(original: Function, told: Told) -> Function:
     """`bias_gelu_impl`: gelu(x + bias), gelu in its tanh form."""
     from llm_adapt.ops.activation import activation
 
     # Not functools.wraps: the original is a method of a class that is not replaced.
     def bias_gelu_impl(input: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if bias is None or bias.dtype != input.dtype or not _is_bias(bias, input.shape):
+            told()
             return original(input, bias)
         return activation(input, bias, function="gelu_tanh")
 
     return bias_gelu_impl
 
 
-def weighted_squared_relu(original: Function) -> Function:
+def weighted_squared_relu(original: Function, told: Told) -> Function:
     """`weighted_squared_relu_impl`: relu(x)^2 * weights."""
     from llm_adapt.ops.activation import activation
 
     @functools.wraps(original)
     def weighted_squared_relu_impl(input: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not _fits(input, None, weights):
+            told()
             return original(input, weights)
         return _in_rows(input, lambda x: activation(x, weights=weights, function="relu_squared"))
 
     return weighted_squared_relu_impl
 
 
-def bias_dropout_add(original: Function) -> Function:
+def bias_dropout_add(original: Function, told: Told) -> Function:
     """`_bias_dropout_add_func`: residual + dropout(x + bias), the dropout only in training.
 
     What is dropped is drawn as torch's dropout draws it: from the device's generator in the state that Megatron has
@@ -196,6 +204,7 @@ def bias_dropout_add(original: Function) -> Function:
         x, bias = x_with_bias
         fits = x.shape == residual.shape and x.dtype == residual.dtype
         if not fits or (bias is not None and not (bias.dtype == x.dtype and _is_bias(bias, x.shape))):
+            told()
             return original(x_with_bias, residual, prob, training)
         return dropout_add(x, residual, bias, p=prob if training else 0.0)
 

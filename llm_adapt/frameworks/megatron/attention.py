@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.megatron.seams import seam
+from llm_adapt.frameworks.megatron.seams import seam, telling
 from llm_adapt.patching import Row
 
 __all__ = ["rows", "served", "sized"]
@@ -54,7 +54,7 @@ def rows(context: Context) -> list[Row]:
     )
     sizes = "multi-latent attention names its head sizes, which only TransformerEngine's class has arguments for"
     found: list[Row] = [
-        seam(f"{_ATTENTION}.forward", served, computes, bodies=_BODIES),
+        seam(f"{_ATTENTION}.forward", telling(context, _ATTENTION, served), computes, bodies=_BODIES),
         seam(f"{_ATTENTION}.__init__", sized, sizes),
     ]
     if importlib.util.find_spec("transformer_engine") is None:
@@ -83,7 +83,7 @@ def sized(original: Function) -> Function:
     return __init__
 
 
-def served(original: Function) -> Function:
+def served(original: Function, told: Callable[[], None]) -> Function:
     """`DotProductAttention.forward`.
 
     Dropout is a function of a seed, which is drawn from the state that Megatron's tracker has for this rank (the state
@@ -108,6 +108,7 @@ def served(original: Function) -> Function:
         is_dense = packed_seq_params is None and query.ndim == 4
         is_served = is_dense or _is_packed(packed_seq_params, query)
         if not is_served or attention_bias is not None or not _has_plain_mask(attention_mask, query, dropout_p):
+            told()
             rest = (attention_mask, attn_mask_type, attention_bias, packed_seq_params)
             return original(self, query, key, value, *rest)  # type: ignore[no-any-return]
         kind = (self.attn_mask_type if attn_mask_type is None else attn_mask_type).name

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.megatron.seams import seam
+from llm_adapt.frameworks.megatron.seams import seam, telling
 from llm_adapt.patching import Row
 
 __all__ = ["fused", "fused_packed", "kept_arguments", "rotated", "rotated_packed", "rows"]
@@ -41,10 +41,11 @@ def rows(context: Context) -> list[Row]:
     """Both unfused functions, and without TransformerEngine the fused names; none with ops="off"."""
     if not context.serves_operators:
         return []
+    dense, thd = f"{_ROPE}:_apply_rotary_pos_emb_bshd", f"{_ROPE}:_apply_rotary_pos_emb_thd"
     packed = "operator rope, without the host reading cu_seqlens; context parallel ranks keep Megatron's own"
     found: list[Row] = [
-        seam(f"{_ROPE}:_apply_rotary_pos_emb_bshd", rotated, "operator rope", bodies=_DENSE),
-        seam(f"{_ROPE}:_apply_rotary_pos_emb_thd", rotated_packed, packed, bodies=_PACKED),
+        seam(dense, telling(context, dense, rotated), "operator rope", bodies=_DENSE),
+        seam(thd, telling(context, thd, rotated_packed), packed, bodies=_PACKED),
     ]
     if importlib.util.find_spec("transformer_engine") is None:
         lent = "apply_rope_fusion without TransformerEngine: operator rope"
@@ -60,7 +61,7 @@ def rows(context: Context) -> list[Row]:
     return found
 
 
-def rotated(original: Function) -> Function:
+def rotated(original: Function, told: Callable[[], None]) -> Function:
     """`_apply_rotary_pos_emb_bshd`. In 0.19 the fourth argument is called mla_rotary_interleaved."""
     turn = _turn()
 
@@ -75,13 +76,14 @@ def rotated(original: Function) -> Function:
     ) -> torch.Tensor:
         is_mla = multi_latent_attention if mla_rotary_interleaved is None else mla_rotary_interleaved
         if not _fits(t, freqs) or (is_mla and rotary_interleaved):
+            told()
             return original(t, freqs, rotary_interleaved, is_mla, mscale)
         return turn(t, _table(freqs), rotary_interleaved, is_mla, mscale, "sbhd", None)
 
     return _apply_rotary_pos_emb_bshd
 
 
-def rotated_packed(original: Function) -> Function:
+def rotated_packed(original: Function, told: Callable[[], None]) -> Function:
     """`_apply_rotary_pos_emb_thd`.
 
     Tokens behind the last sequence, at which the original ends with an error, turn as those at position 0: finding
@@ -105,6 +107,7 @@ def rotated_packed(original: Function) -> Function:
         is_mla = multi_latent_attention if mla_rotary_interleaved is None else mla_rotary_interleaved
         is_served = _fits_packed(t, freqs) and not (is_mla and rotary_interleaved)
         if not is_served or not _is_alone(cp_group, has_group):
+            told()
             group = (cp_group,) if has_group else ()
             return original(t, cu_seqlens, freqs, rotary_interleaved, is_mla, mscale, *group)
         positions = _positions(t, cu_seqlens, freqs.shape[0], has_exact_rows)

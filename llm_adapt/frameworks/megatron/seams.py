@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from llm_adapt.frameworks.context import Context
 from llm_adapt.patching import Patch
 
-__all__ = ["VERSIONS", "seam"]
+__all__ = ["VERSIONS", "seam", "telling"]
 
 VERSIONS = "megatron-core 0.12 to 0.19"
+
+
+def telling(
+    context: Context, target: str, new: Callable[[Callable[..., Any], Callable[[], None]], Any]
+) -> Callable[[Callable[..., Any]], Any]:
+    """A wrapper of an original that may hand calls to it, and says so in the report at the first one."""
+    name = target.rpartition(":")[2]
+    reason = "the operator does not compute this call; docs/frameworks.md lists what stays"
+    told = context.teller(f"megatron {name}", "Megatron's own", reason)
+    return lambda original: new(original, told)
 
 
 def seam(

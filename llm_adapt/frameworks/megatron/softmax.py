@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.megatron.seams import seam
+from llm_adapt.frameworks.megatron.seams import seam, telling
 from llm_adapt.patching import Row
 
 __all__ = ["backward", "causal_forward", "masked_forward", "plain_forward", "rows", "served"]
@@ -32,10 +32,11 @@ def rows(context: Context) -> list[Row]:
     extensions = ("scaled_upper_triang_masked_softmax_cuda", "scaled_masked_softmax_cuda", "scaled_softmax_cuda")
     if not context.serves_operators or all(importlib.util.find_spec(name) is not None for name in extensions):
         return []
+    target = f"{_SOFTMAX}:FusedScaleMaskSoftmax.forward"
     found: list[Row] = [
         seam(
-            f"{_SOFTMAX}:FusedScaleMaskSoftmax.forward",
-            served,
+            target,
+            telling(context, target, served),
             "operator scaled_masked_softmax, given masks and windows together; another mask_func stays",
             bodies={"0.12 to 0.14": "3d7957ec67ff", "0.15 to 0.19": "1faaa423c526"},
         )
@@ -47,7 +48,7 @@ def rows(context: Context) -> list[Row]:
     return found
 
 
-def served(original: Function) -> Function:
+def served(original: Function, told: Callable[[], None]) -> Function:
     """`FusedScaleMaskSoftmax.forward`.
 
     As there, a mask that is given takes the place of the causal one. A window takes the place of neither, as it does
@@ -68,6 +69,7 @@ def served(original: Function) -> Function:
         is_ambiguous = is_causal and window is None and queries != keys
         hides = is_causal or mask is not None or window is not None
         if input.ndim != 4 or is_ambiguous or (hides and not _is_filled(self.mask_func, mask)):
+            told()
             offset = () if softmax_offset is None else (softmax_offset,)
             return original(self, input, mask, *offset)  # type: ignore[no-any-return]
         p = scaled_masked_softmax(

@@ -11,12 +11,14 @@ import importlib
 from llm_adapt.frameworks.context import Context
 from llm_adapt.patching import PlanItem
 
-__all__ = ["MODEL_FILES", "VERSIONS", "rows"]
+__all__ = ["MODEL_FILES", "NOT_TRIED", "VERSIONS", "rows"]
 
 VERSIONS = "transformers 5.23 and 5.24"
 
 # Where models are defined: the package's own, and remote code.
 MODEL_FILES = ("transformers.models.*.modeling_*", "transformers_modules.*")
+
+NOT_TRIED = "the call has dtypes, sizes or settings that the class or function was not tried for"  # for the report
 
 _TABLES = ("attention", "norms", "rotary", "mlps", "experts", "losses")
 

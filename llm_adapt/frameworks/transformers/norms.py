@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.transformers import MODEL_FILES, VERSIONS, remote_code
+from llm_adapt.frameworks.transformers import MODEL_FILES, NOT_TRIED, VERSIONS, remote_code
 from llm_adapt.patching import Patch, PlanItem, Survey
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def rows(context: Context) -> list[PlanItem]:
                 continue
             reason = f"computes {'; or '.join(formula.family for formula in found)}"
             # No one keeps a copy of a class's forward; to search for some would take longer than all of this.
-            yield Patch(f"{target}.forward", replacement(cls, found), reason, versions=VERSIONS, rebind=False)
+            told = context.teller(target, "left to transformers at a call", NOT_TRIED)
+            yield Patch(f"{target}.forward", replacement(cls, found, told), reason, versions=VERSIONS, rebind=False)
 
     return [Survey(MODEL_FILES, find, "norms that compute what an op computes"), *remote_code.rows(context)]
 
@@ -81,7 +82,7 @@ def examine(module: ModuleType) -> Mapping[type, tuple[NormFormula, ...] | str]:
     return found
 
 
-def replacement(cls: Any, formulas: tuple[NormFormula, ...]) -> Callable[..., Any]:
+def replacement(cls: Any, formulas: tuple[NormFormula, ...], told: Callable[[], None]) -> Callable[..., Any]:
     """The class's forward with the op in it; what the formulas do not cover goes to the original.
 
     It holds no state, and torch.compile and torch.export trace it.
@@ -97,12 +98,13 @@ def replacement(cls: Any, formulas: tuple[NormFormula, ...]) -> Callable[..., An
     instance, x = (parameter.name for parameter in parameters_of(original))
     names: dict[str, Any] = {
         "_class": cls, "_Tensor": torch.Tensor, "_rms_norm": rms_norm, "_layer_norm": layer_norm,
-        "_is_autocast": torch.is_autocast_enabled,
+        "_is_autocast": torch.is_autocast_enabled, "_told": told,
     }  # fmt: skip
     lines = []
     for number, formula in enumerate(formulas):
         lines.append(f"if {' and '.join(_conditions(cls, formula, instance, x, names, number))}:")
         lines.append(f"    return {_call(formula, x)}")
+    lines.append("_told()")
     lines.append(f"return _original({instance}, {x})")
     forward = written("\n".join(lines), "forward", names, original)
     forward._llm_adapt_formulas = formulas  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llm_adapt.frameworks.context import Context
-from llm_adapt.frameworks.transformers import MODEL_FILES, VERSIONS
+from llm_adapt.frameworks.transformers import MODEL_FILES, NOT_TRIED, VERSIONS
 from llm_adapt.patching import Patch, PlanItem, Survey
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def rows(context: Context) -> list[PlanItem]:
             if isinstance(found, str):
                 context.report.once(target, "left as it is", found)
                 continue
-            new = replacement(vars(module)[name], found)
+            told = context.teller(target, "left to transformers at a call", NOT_TRIED)
+            new = replacement(vars(module)[name], found, told)
             yield Patch(target, new, f"rotates: {found.family}", versions=VERSIONS)
 
     return [Survey(MODEL_FILES, find, "rotary functions that compute what rope computes")]
@@ -75,7 +76,7 @@ def examine(module: ModuleType) -> Mapping[str, Rotation | str]:
     return found
 
 
-def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
+def replacement(original: Callable[..., Any], rotation: Rotation, told: Callable[[], None]) -> Callable[..., Any]:
     """The function with rope in it; calls that it was not recognised for go to the original.
 
     It holds no state, and torch.compile and torch.export trace it.
@@ -91,10 +92,11 @@ def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..
     body = (
         f"_how = {refused}_choose(({tensors},), cos, sin, {axis})\n"
         f"if _how is None:\n"
+        f"    _told()\n"
         f"    return _original({', '.join(names)})\n"
         f"return {rotated}"
     )
-    inside = {"_choose": _chooser(rotation), "_rotate": _rotator(rotation)}
+    inside = {"_choose": _chooser(rotation), "_rotate": _rotator(rotation), "_told": told}
     return written(body, original.__name__, inside, original)
 
 

@@ -11,6 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_adapt.adapters.cpu import ADAPTER
+from llm_adapt.frameworks.context import Context
+from llm_adapt.frameworks.megatron import activations
+from llm_adapt.report import Report
+from llm_adapt.settings import resolve
 from tests.frameworks.megatron.real_megatron import (
     agree,
     calling,
@@ -248,3 +253,13 @@ def test_the_compiler_traces_through() -> None:
         for traced in (call, weighted):
             compiled = torch.compile(traced, fullgraph=True, backend="eager")
             torch.testing.assert_close(compiled(x), traced(x))
+
+
+def test_what_is_left_to_megatron_is_told_once() -> None:
+    """The first call that an operator does not compute leaves a line in the report; the others only run."""
+    context = Context(ADAPTER, resolve({}, device="cpu"), Report())
+    (row,) = [row for row in activations.rows(context) if row.target.endswith("bias_gelu_impl")]
+    new = row.new(lambda x, bias: "Megatron's own")  # type: ignore[union-attr]
+    assert [new(torch.ones(2), None) for _ in range(2)] == ["Megatron's own"] * 2
+    (line,) = context.report.lines
+    assert (line.subject, line.choice) == ("megatron bias_gelu_impl", "Megatron's own")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm_adapt.frameworks.transformers import norms, rotary
 from llm_adapt.frameworks.transformers.norm_candidates import forward_of
 from llm_adapt.frameworks.transformers.probe import share_apart
-from tests.frameworks.transformers.probed import make_module, modeling, op_calls, served_norm
+from tests.frameworks.transformers.probed import TOLD, make_module, modeling, op_calls, served_norm, told
 
 pytest.importorskip("transformers")
 
@@ -127,7 +127,7 @@ def test_eps_is_found_wherever_it_is() -> None:
     module = make_module(source.replace("+ self.eps", "+ self.tiny * self.eps"))
     (found,) = norms.examine(module)[module.SomeRMSNorm]
     assert (found.eps, found.flags) == ("tiny", (("eps", 1.0),))  # type: ignore[union-attr]
-    new, norm, x = norms.replacement(module.SomeRMSNorm, (found,)), module.SomeRMSNorm(8), torch.randn(3, 8)  # type: ignore[arg-type]
+    new, norm, x = norms.replacement(module.SomeRMSNorm, (found,), told), module.SomeRMSNorm(8), torch.randn(3, 8)  # type: ignore[arg-type]
     norm.eps = 1e5
     torch.testing.assert_close(new(norm, x), norm(x))
     module = make_module(source.replace("+ self.eps", "+ self.tiny"))
@@ -348,13 +348,13 @@ def test_what_autocast_changes_has_the_original_under_it() -> None:
     """A product of matrices is one: with autocast the original serves, and without it the op."""
     module = make_module(RMS.format(before="y = F.linear(y, torch.eye(x.shape[-1]))", after=""))
     found: Any = norms.examine(module)[module.SomeRMSNorm]
-    new, norm, x = norms.replacement(module.SomeRMSNorm, found), module.SomeRMSNorm(16), torch.randn(5, 16)
-    before = op_calls()
+    new, norm, x = norms.replacement(module.SomeRMSNorm, found, told), module.SomeRMSNorm(16), torch.randn(5, 16)
+    before, lines = op_calls(), len(TOLD)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(new(norm, x), norm(x))
-    assert op_calls() == before
+    assert (op_calls(), len(TOLD)) == (before, lines + 1)
     torch.testing.assert_close(new(norm, x), norm(x))
-    assert op_calls() == before + 1
+    assert (op_calls(), len(TOLD)) == (before + 1, lines + 1)
 
 
 def test_a_class_that_inherits_a_replaced_forward_is_tried_with_the_original() -> None:
@@ -362,7 +362,7 @@ def test_a_class_that_inherits_a_replaced_forward_is_tried_with_the_original() -
     plain = make_module(RMS.format(before="", after=""))
     cls = plain.SomeRMSNorm
     own = cls.forward
-    cls.forward = norms.replacement(cls, norms.examine(plain)[cls])  # type: ignore[arg-type]
+    cls.forward = norms.replacement(cls, norms.examine(plain)[cls], told)  # type: ignore[arg-type]
     assert forward_of(cls) is own
     child = type("ChildRMSNorm", (cls,), {"__module__": plain.__name__})
     plain.ChildRMSNorm = child  # type: ignore[attr-defined]

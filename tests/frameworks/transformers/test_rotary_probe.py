@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llm_adapt.frameworks.transformers import rotary
 from llm_adapt.frameworks.transformers.probe import share_apart
-from tests.frameworks.transformers.probed import PLAIN, make_module, modeling, op_calls, served_rotary
+from tests.frameworks.transformers.probed import PLAIN, TOLD, make_module, modeling, op_calls, served_rotary, told
 
 pytest.importorskip("transformers")
 
@@ -140,14 +140,14 @@ def test_position_ids_that_count_go_to_the_original() -> None:
     assert not isinstance(found, str)
     assert not found.positions
     assert served_rotary("deepseek_v3", f"{PLAIN}_interleave")[0].positions
-    new, original = rotary.replacement(module.apply_rotary_pos_emb, found), module.apply_rotary_pos_emb
+    new, original = rotary.replacement(module.apply_rotary_pos_emb, found, told), module.apply_rotary_pos_emb
     q, cos, sin = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-    ids, before = torch.tensor([[4, 3, 2, 1, 0]]), op_calls()
+    ids, before, lines = torch.tensor([[4, 3, 2, 1, 0]]), op_calls(), len(TOLD)
     for y, z in zip(new(q, q, cos, sin, ids), original(q, q, cos, sin, ids), strict=True):
         assert torch.equal(y, z)
-    assert op_calls() == before
+    assert (op_calls(), len(TOLD)) == (before, lines + 1)
     new(q, q, cos, sin)
-    assert op_calls() == before + 2
+    assert (op_calls(), len(TOLD)) == (before + 2, lines + 1)
 
 
 def test_a_module_in_the_place_of_a_function_is_left_alone() -> None:
