@@ -3,6 +3,7 @@
 pytest                        everything that runs on the CPU
 pytest --simulate npu         the tests marked every_device or simulator("npu"), on that simulated device
 pytest --device npu           those marked every_device, on the hardware that is here
+pytest --part frameworks      half of them (scripts/test_in_parts.sh)
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The device for tests that run on every one."""
     group = parser.getgroup("llm_adapt")
     group.addoption("--simulate", metavar="NAME", help="run the device tests on a simulated npu, mlu or dcu")
+    group.addoption(
+        "--part", choices=("frameworks", "rest"), help="only tests that import model files of frameworks, or the others"
+    )
     group.addoption("--evidence", metavar="FILE", help="where tests/devices/test_ops.py writes what it found")
     group.addoption("--device", metavar="NAME", help="run the device tests on this hardware: cuda, npu, mlu, dcu")
 
@@ -48,7 +52,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the tests that belong to the device."""
     simulated, name = config.getoption("--simulate"), config.getoption("--device")
     started = (simulated or name or "cpu").partition(":")[0]
-    kept = [item for item in items if _belongs(item, started, bool(simulated))]
+    part = config.getoption("--part")
+    kept = [
+        item
+        for item in items
+        if _belongs(item, started, bool(simulated))
+        and part in (None, "frameworks" if _imports_a_framework(item) else "rest")
+    ]
     kept.sort(key=_imports_a_framework)  # stable
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
