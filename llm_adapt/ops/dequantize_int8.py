@@ -39,4 +39,4 @@ def dequantize_int8(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
             f"{tuple(scale.shape)}."
         )
     with torch.no_grad():
-        return (q.float() * scale.float().unsqueeze(-1)).to(dtype)
+        return q.float().mul_(scale.float().unsqueeze(-1)).to(dtype)

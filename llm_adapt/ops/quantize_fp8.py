@@ -70,8 +70,7 @@ def quantize_fp8(
     Source: Micikevicius et al. 2022 (FP8 formats); TransformerEngine 2 common/recipe/recipe_common.cuh
         (DelayedScaling, Float8CurrentScaling, Float8BlockScaling); DeepSeek-V3 2024, section 3.3.2.
     """
-    with torch.no_grad():
-        return to_fp8(x, scale, format, block, power_of_two, min_amax)
+    return to_fp8(x.detach(), None if scale is None else scale.detach(), format, block, power_of_two, min_amax)
 
 
 def to_fp8(
@@ -92,8 +91,7 @@ def to_fp8(
 def times_scale(x: torch.Tensor, scale: torch.Tensor, block: str) -> torch.Tensor:
     """x times the scale of each block. Whole blocks of a row need no scale of the size of x."""
     if block == "1x128" and x.shape[-1] % 128 == 0:
-        tiles: torch.Tensor = x.unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)
-        return tiles.flatten(-2)
+        return (x.view(*scale.shape, 128) * scale.unsqueeze(-1)).view(x.shape)
     return x * spread(scale, x.shape, block)
 
 
@@ -123,9 +121,10 @@ def _amax(x: torch.Tensor, block: str) -> torch.Tensor:
 
 def _scale(amax: torch.Tensor, largest: float, power_of_two: bool, min_amax: float) -> torch.Tensor:
     """The scale that takes amax to the largest number of the format."""
-    amax = amax.clamp(min=min_amax)
-    scale = (largest / amax).clamp(max=_LARGEST)
-    scale = torch.where(amax.isfinite() & (amax > 0), scale, 1)
+    if min_amax:
+        amax = amax.clamp(min=min_amax)
+    scale = (largest / amax).clamp_(max=_LARGEST)
+    scale = torch.where((amax > 0) & (amax < torch.inf), scale, 1)
     return (scale.view(torch.int32) & _EXPONENT).view(torch.float32) if power_of_two else scale
 
 

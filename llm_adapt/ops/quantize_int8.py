@@ -51,7 +51,7 @@ def rounded_rows(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> tuple[to
     rows = x.float() if smooth_scale is None else x.float() * smooth_scale.float()
     scale = rows.abs().amax(-1) / LARGEST
     divisor = torch.where(scale > 0, scale, 1).unsqueeze(-1)
-    return (rows / divisor).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
+    return (rows / divisor).round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
 
 
 def check_scale(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> None:

@@ -81,7 +81,7 @@ def offenders(rows: Sequence[Row], margin: float) -> list[Row]:
 
 def is_more_accurate(row: Row) -> bool:
     """Whether the error of eager is several times that of what is served: it leaves out work that has to be done."""
-    return row.eager_error is not None and row.error is not None and row.eager_error >= _ERRORS * row.error
+    return row.error is not None and bool(row.eager_error) and (row.eager_error or 0.0) >= _ERRORS * row.error
 
 
 def is_slower(row: Row, margin: float) -> bool:

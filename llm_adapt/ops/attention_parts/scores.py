@@ -5,6 +5,8 @@ Letters as in llm_adapt/ops/attention.py.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 __all__ = ["attention_by_scores", "is_for_scores"]
@@ -35,12 +37,20 @@ def attention_by_scores(
     """As F.scaled_dot_product_attention(..., enable_gqa=True). The heads of a group are rows of one product."""
     batch, heads, rows, size = query.shape
     groups, columns = key.shape[1:3]
-    stacked = (batch, groups, heads // groups * rows, -1)
-    scaled = query * (size**-0.5 if scale is None else scale)
-    scores = (scaled.reshape(stacked) @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
-    if is_causal:
-        scores = scores.masked_fill_(torch.ones(rows, columns, dtype=torch.bool).triu_(1), -torch.inf)
-    elif mask is not None:
+    each = heads // groups
+    factor = size**-0.5 if scale is None else scale
+    stacked, keys, values = query.reshape(-1, each * rows, size), key.flatten(0, 1), value.flatten(0, 1)
+    if is_causal or mask is None:
+        hidden = _hidden(rows, columns, each) if is_causal else query.new_zeros(())
+        scores = torch.baddbmm(hidden, stacked, keys.transpose(1, 2), alpha=factor)
+    else:
+        scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, heads, rows, columns) * factor
         scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, -1).view(batch, groups, -1, columns)
-    return (p @ value).view(batch, heads, rows, value.shape[-1])
+        scores = scores.view(-1, each * rows, columns)
+    return torch.bmm(torch.softmax(scores, -1), values).view(batch, heads, rows, -1)
+
+
+@functools.lru_cache(maxsize=4)
+def _hidden(rows: int, columns: int, each: int) -> torch.Tensor:
+    """-inf where a key is behind the query [1, each * Sq, Sk]; a megabyte a head of a group at most."""
+    return torch.full((rows, columns), -torch.inf).triu_(1).repeat(each, 1).unsqueeze(0)

@@ -23,6 +23,7 @@ from llm_adapt.ops.topk_router import check_groups, check_router, chosen_probs, 
 __all__ = ["moe_permute", "moe_unpermute", "topk_router"]
 
 _FEW = 8  # so many times torch.max takes less time than torch.topk once
+_SMALL = 2**19  # elements that are added up at once: sorting the rows of tokens costs more
 _BLOCK = 2**18  # elements of a block: smaller ones cost more calls than the cache saves
 
 
@@ -88,9 +89,12 @@ class _SumOfRows(Function):
             return (grad if is_row.all() else grad.masked_fill(~is_row[:, None], 0)), None, None, None
         grad, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
         for mine in _blocks(rows):
-            part = upstream.index_select(0, token[mine]).to(wide)
-            grad_weight[mine] = (part * rows[mine]).sum(1)
-            grad[mine] = part.mul_(weight[mine, None])
+            if wide == rows.dtype:
+                part = torch.index_select(upstream, 0, token[mine], out=grad[mine])
+            else:
+                part = upstream.index_select(0, token[mine]).to(wide)
+            torch.sum(part * rows[mine], 1, out=grad_weight[mine])
+            torch.mul(part, weight[mine, None], out=grad[mine])
         if not is_row.all():  # what stands there may be nan
             grad, grad_weight = grad.masked_fill(~is_row[:, None], 0), grad_weight.masked_fill(~is_row, 0)
         return grad, grad_weight, None, None
@@ -124,10 +128,17 @@ def moe_unpermute(
 ) -> torch.Tensor:
     """The rows of a token are gathered and summed where they are, with no float32 copy of them all."""
     check_rows(permuted, sorted_indices, num_tokens, probs, routing_map, drop_and_pad, topk)
-    weight = None
+    weight, wide = None, torch.promote_types(permuted.dtype, torch.float32)
     if probs is not None and routing_map is not None:
-        pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
-        weight = probs.reshape(-1).index_select(0, pair).to(torch.promote_types(permuted.dtype, torch.float32))
+        weight = None if drop_and_pad else probs.t().masked_select(routing_map.t().bool())
+        if weight is None or weight.shape[0] != sorted_indices.shape[0]:  # rows are missing, or there are too many
+            pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
+            weight = probs.reshape(-1).index_select(0, pair)
+        weight = weight.to(wide)
+        is_small = permuted.numel() <= _SMALL and (torch.is_grad_enabled() or wide != permuted.dtype)
+        if is_small and bool((sorted_indices >= 0).all()):
+            sums = torch.zeros(num_tokens, permuted.shape[1], dtype=wide)
+            return sums.index_add_(0, sorted_indices, permuted * weight.unsqueeze(1)).to(permuted.dtype)
     y: torch.Tensor = _SumOfRows.apply(permuted.contiguous(), weight, sorted_indices, num_tokens)
     return y
 

@@ -122,6 +122,9 @@ def fused_linear_cross_entropy(
     }
     rows = rows_of_chunk(chunk_rows, weight)
     flat, index = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
+    if flat.shape[0] <= rows:  # one chunk: the logits are no more than a chunk may be
+        logits = F.linear(flat, weight, bias)
+        return dispatched_cross_entropy(logits.view(*target.shape, -1), target, reduction=reduction, **options)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))):
         parts = [
             dispatched_cross_entropy(F.linear(given, weight, bias), wanted, reduction="none", **options)[0]

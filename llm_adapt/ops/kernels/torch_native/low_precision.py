@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from llm_adapt.ops.dispatch import Call, kernel
-from llm_adapt.ops.quantize_int8 import LARGEST, check_scale
+from llm_adapt.ops.quantize_int8 import LARGEST, check_scale, rounded_rows
 
 __all__ = ["quantize_int8", "quantized_rows"]
 
 _BLOCK = 2**19  # elements of a block: smaller ones cost more calls than the cache saves
+_FEW = 2**17  # elements that stay in the cache anyway
 _LEAST = 2.0**-126  # the smallest float32 of full precision
 
 
@@ -29,6 +30,12 @@ def quantize_int8(x: torch.Tensor, smooth_scale: torch.Tensor | None = None) -> 
 def quantized_rows(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """As `rounded_rows` of the op, bit for bit."""
     check_scale(x, smooth_scale)
+    if x.numel() <= _FEW:
+        wide = x.float() if smooth_scale is None else x.float() * smooth_scale.float()
+        scale = wide.abs().amax(-1).div_(LARGEST)
+        if not scale.numel() or not float(scale.min()) > _LEAST:
+            return rounded_rows(x, smooth_scale)
+        return (wide / scale.unsqueeze(-1)).round_().to(torch.int8), scale
     rows = x.reshape(-1, x.shape[-1])
     q, scale = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(rows.shape[0], dtype=torch.float32)
     size = max(1, _BLOCK // rows.shape[1])

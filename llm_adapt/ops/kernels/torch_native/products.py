@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional as F
 
-from llm_adapt.ops.autograd import Function
 from llm_adapt.ops.dispatch import Call, kernel
 from llm_adapt.ops.grouped_gemm import row_experts
 from llm_adapt.ops.kernels.torch_native.low_precision import quantized_rows
@@ -50,29 +47,15 @@ def grouped_gemm(
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     if bias is None and _are_all_there(tokens_per_expert, x.shape[0]):
         y = F.grouped_mm(x, matrices, offs=ends)[:, :columns]
-        return _WithDenseGradient.apply(y) if y.requires_grad else y
+        if y.requires_grad:
+            y.register_hook(torch.Tensor.contiguous)  # the gradient of a sum has strides of 0, which it refuses
+        return y
     expert = row_experts(tokens_per_expert, x.shape[0]).unsqueeze(1)
     is_row = expert < weight.shape[0]
     y = F.grouped_mm(torch.where(is_row, x, 0), matrices, offs=ends)[:, :columns]
     if bias is not None:
         y = y + bias[expert.squeeze(1).clamp(max=weight.shape[0] - 1)]
     return torch.where(is_row, y, 0)
-
-
-class _WithDenseGradient(Function):
-    """Hands its input on; the gradient of a sum has strides of 0, which grouped_mm refuses."""
-
-    @staticmethod
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-        return upstream.contiguous()
 
 
 def _are_all_there(tokens_per_expert: torch.Tensor, rows: int) -> bool:
@@ -102,12 +85,12 @@ def linear_int8(
     smooth_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The product of integers in one kernel."""
-    with torch.no_grad():
-        is_blocked = x.device.type == "cpu" and x.dtype != torch.float64
-        q, scale = (quantized_rows if is_blocked else rounded_rows)(x, smooth_scale)
-        product = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.t()).view(*q.shape[:-1], weight.shape[0])
-        y = product.float().mul_(scale.unsqueeze(-1)).mul_(weight_scale.float())
-        return (y if bias is None else y.add_(bias.float())).to(x.dtype)
+    x, weight_scale = x.detach(), weight_scale.detach()  # less costly than no_grad
+    is_blocked = x.device.type == "cpu" and x.dtype != torch.float64
+    q, scale = (quantized_rows if is_blocked else rounded_rows)(x, smooth_scale)
+    product = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.t()).view(*q.shape[:-1], weight.shape[0])
+    y = product.float().mul_(scale.detach().unsqueeze(-1)).mul_(weight_scale.float())
+    return (y if bias is None else y.add_(bias.detach().float())).to(x.dtype)
 
 
 def _not_for_addmm(call: Call) -> str | None:
