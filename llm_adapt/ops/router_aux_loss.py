@@ -65,7 +65,7 @@ def router_aux_loss(
     wide = torch.promote_types(probs.dtype, torch.float32)
     rows = probs if padding_mask is None else probs.masked_fill(padding_mask.unsqueeze(1), 0)
     sums = rows.sum(0, dtype=wide)
-    loads = tokens_per_expert.detach().to(wide)
+    loads = tokens_per_expert.to(wide).detach()
     factor = coeff * (num_experts or probs.shape[1]) / topk
     if num_tokens_tensor is None and (num_tokens is not None or padding_mask is None):
         # The host knows N. A product of sums of the order of N each is far from the largest float32.

@@ -6,9 +6,10 @@ import itertools
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 from llm_adapt.errors import PatchError
@@ -27,6 +28,8 @@ from llm_adapt.patching.writes import Write, prepare
 __all__ = ["Outcome", "Plan"]
 
 log = logging.getLogger("llm_adapt")
+# Replacements of plans that were undone. Code that was compiled with them keeps them; that is no copy of an original.
+_former: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Outcome(NamedTuple):
@@ -121,6 +124,7 @@ class Plan:
             since = {name for name in sys.modules.keys() - self._modules_before if name[:9] != "llm_adapt"}
             stuck = rebind(back, Journal(), also=since)
             lines += [f"{item.row.target} stays patched in a copy: {item.where}" for item in stuck]
+            _former.update(new for new in self._new.values() if isinstance(new, (FunctionType, type)))
             for memory in (self._written, self._new, self._stands_for):
                 memory.clear()
         for line in lines:
@@ -192,7 +196,7 @@ class Plan:
             stuck = rebind(swaps, self._journal, ours=self._new, roots=originals, within=within)
             if is_late:
                 memory = (part for act in self._journal.acts for part in (act.old, *act.slot))
-                stuck += holders(swaps, own=itertools.chain(self._new.values(), memory))
+                stuck += holders(swaps, own=itertools.chain(self._new.values(), memory, _former))
             for row, _ in resolved:
                 self._note(_result(row, stuck))
         except BaseException:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from llm_adapt.patching import Entry, Patch
-from tests.patching.toys import ToyFinder, applied, load, toys, wrap
+from tests.patching.toys import ToyFinder, applied, load, statuses, toys, wrap
 
 
 def test_a_later_patch_of_somebody_else_is_left_alone_and_told(
@@ -23,6 +23,18 @@ def test_a_later_patch_of_somebody_else_is_left_alone_and_told(
     assert line.startswith("toy.ops:norm was replaced by another after the patch")
     assert line in caplog.text
     assert (ops.norm(1), ops.scale(1)) == (("user", ("norm", 1)), ("scale", 1))
+
+
+def test_a_replacement_that_somebody_still_has_is_no_copy_of_the_original(toy: ToyFinder) -> None:
+    """Compiled code keeps what it was compiled with: after undo, the next plan does not take that for a stale copy."""
+    ops = load("toy.ops")
+    first = applied(wrap("toy.ops:norm"))
+    kept = [lambda: ops.norm, ops.norm]
+    first.undo()
+    second = applied(wrap("toy.ops:norm"))
+    assert statuses(second) == [("toy.ops:norm", "applied")]
+    assert kept[1](1) == ("loud", ("norm", 1))
+    assert second.undo() == []
 
 
 def test_undo_twice_is_undo_once(toy: ToyFinder) -> None:

@@ -80,8 +80,9 @@ def offenders(rows: Sequence[Row], margin: float) -> list[Row]:
 
 
 def is_more_accurate(row: Row) -> bool:
-    """Whether the error of eager is several times that of what is served: it leaves out work that has to be done."""
-    return row.error is not None and bool(row.eager_error) and (row.eager_error or 0.0) >= _ERRORS * row.error
+    """Whether eager is beyond the tolerance, and what serves is not, or eager's error is several times the other's."""
+    eager, served = row.eager_error or 0.0, row.error
+    return served is not None and eager > 0.0 and (eager > 1.0 >= served or eager >= _ERRORS * served)
 
 
 def is_slower(row: Row, margin: float) -> bool:

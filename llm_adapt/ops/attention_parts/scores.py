@@ -17,12 +17,15 @@ _MOST_SCORES = 2**18  # of one head: 512 queries of 512 keys. Their memory is wh
 def is_for_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call on [B, H, S, D] takes less time so, and is as accurate.
 
-    Without gradients torch's kernel is as fast; of 16 bits, scores would be rounded: 1 % of the output at times.
+    Without gradients torch's kernel is as fast, where it serves; it does not where values have a size of their own. Of
+    16 bits, scores would be rounded: 1 % of the output at times.
     """
     if query.device.type != "cpu" or query.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
     if not 0 < query.shape[2] * key.shape[2] <= _MOST_SCORES or not query.shape[0]:
         return False
+    if query.shape[-1] != value.shape[-1]:
+        return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
 
 
