@@ -32,8 +32,8 @@ from llm_adapt.cli.bench.timing import interval, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 _EXAMPLES = """examples:
-  python benchmarks/end_to_end.py --quick --out runs/e2e           Llama alone, few steps (about 3 minutes on 2 cores)
-  python benchmarks/end_to_end.py --out runs/e2e                   Llama, Mistral, Mixtral and the main job (25 minutes)
+  python benchmarks/end_to_end.py --quick --out runs/e2e           Llama alone, few steps (a minute on 2 cores)
+  python benchmarks/end_to_end.py --out runs/e2e                   Llama, Mistral, Mixtral and the main job (5 minutes)
   python benchmarks/end_to_end.py --out runs/e2e --only job        the main job alone
   python benchmarks/end_to_end.py --out runs/e2e --check           exit code 1: a mode is slower, or its losses differ
   python benchmarks/end_to_end.py --out runs/gpu --device cuda --size 1B --dtype bfloat16 --tokens 4096 \\

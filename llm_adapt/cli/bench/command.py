@@ -39,7 +39,7 @@ times, bytes, operations and memory are measured.
 """
 _EXAMPLES = """examples:
   llm-adapt bench --quick                            every operator, small shapes, under 3 minutes on 2 cores
-  llm-adapt bench --out runs/bench                   every case; bench.json, bench.md and plots (about 15 minutes)
+  llm-adapt bench --out runs/bench                   every case; bench.json, bench.md and plots (6 minutes)
   llm-adapt bench --check --out runs/bench           exit code 1 when a dispatched operator is slower than eager
   llm-adapt bench --only attention --dtype bf16      one operator
   llm-adapt bench --only norm --ops "order=triton"   under another order of kernel libraries
