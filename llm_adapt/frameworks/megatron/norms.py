@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from llm_adapt.frameworks.context import Context
+from llm_adapt.frameworks.megatron.plain_norms import LayerNorm, RMSNorm
 from llm_adapt.frameworks.megatron.seams import seam
 from llm_adapt.patching import Row
 
-__all__ = ["LayerNorm", "RMSNorm", "rows", "served_l2_norm", "wrapped", "wrapped_served"]
+__all__ = ["rows", "served_l2_norm", "wrapped", "wrapped_served"]
 
 _NORM = "megatron.core.transformer.torch_norm"
 _NEW = {"0.12 to 0.16": "ba0629be43e2", "0.17 to 0.19": "f4b37eb6d00a"}
@@ -43,39 +43,6 @@ def rows(context: Context) -> list[Row]:
         seam(f"{_NORM}:WrappedTorchNorm.__new__", wrapped_served, reason, bodies=_NEW),
         seam(f"{_NORM}:L2Norm.forward", served_l2_norm, l2, bodies=_L2),
     ]
-
-
-class LayerNorm(torch.nn.LayerNorm):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, with weight + 1 where it is zero-centered.
-
-    Shapes: x [..., H] -> y [..., H].
-    Dtypes: y has the dtype of x; statistics are taken in float32 for 16-bit x (torch.nn.functional.layer_norm), but on
-        the CPU torch 2.13 keeps them for backward in the dtype of x: dx of a row far from zero for its spread is off.
-    Source: Ba et al. 2016, equation 4; zero-centered weights as in megatron.core.fusions.fused_layer_norm.
-    """
-
-    zero_centered = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the last axis."""
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        return F.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """y = x / sqrt(mean(x^2) + eps) * weight, with weight + 1 where it is zero-centered.
-
-    Shapes: x [..., H] -> y [..., H].
-    Dtypes: y has the dtype of x (torch.nn.functional.rms_norm).
-    Source: Zhang and Sennrich 2019, equation 4.
-    """
-
-    zero_centered = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the last axis."""
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 Norms = Mapping[str, type[LayerNorm] | type[RMSNorm]]

@@ -1,6 +1,6 @@
 """Megatron's norms by the operators. (norms.py is read by every patch(), this file where Megatron is used.)
 
-x [..., H] = hidden states, weight and bias [H]. Parameters, their names and their marks are those of norms.py.
+x [..., H] = hidden states, weight and bias [H]. Parameters, their names and their marks are those of plain_norms.py.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from typing import Literal
 
 import torch
 
-from llm_adapt.frameworks.megatron import norms
+from llm_adapt.frameworks.megatron import plain_norms
 from llm_adapt.ops.layer_norm import layer_norm
 from llm_adapt.ops.rms_norm import rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
 
-class LayerNorm(norms.LayerNorm):
+class LayerNorm(plain_norms.LayerNorm):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, with weight + 1 where it is zero-centered.
 
     Shapes: x [..., H] -> y [..., H].
     Dtypes: computed in float32. y has the dtype of x, or of the weight where x is wider, as a float32 residual stream
         is: what follows is a projection with weights of that dtype.
-    Source: as norms.LayerNorm; fused_layer_norm.py of Megatron-Core 0.16.1 (weight + 1 in the dtype of the weight).
+    Source: as plain_norms.LayerNorm; fused_layer_norm.py of Megatron-Core 0.16.1 (weight + 1 in that of the weight).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,12 +31,12 @@ class LayerNorm(norms.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, form, _result_dtype(x, self.weight))
 
 
-class RMSNorm(norms.RMSNorm):
+class RMSNorm(plain_norms.RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * weight, with weight + 1 where it is zero-centered.
 
     Shapes: x [..., H] -> y [..., H].
     Dtypes: as of LayerNorm above.
-    Source: as norms.RMSNorm.
+    Source: as plain_norms.RMSNorm.
     """
 
     eps: float

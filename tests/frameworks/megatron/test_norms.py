@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llm_adapt.adapters.cpu import ADAPTER
 from llm_adapt.frameworks.context import Context
 from llm_adapt.frameworks.megatron import norms, served_norms
-from llm_adapt.frameworks.megatron.norms import LayerNorm, RMSNorm, wrapped, wrapped_served
+from llm_adapt.frameworks.megatron.norms import wrapped, wrapped_served
+from llm_adapt.frameworks.megatron.plain_norms import LayerNorm, RMSNorm
 from llm_adapt.report import Report
 from llm_adapt.settings import resolve
 
