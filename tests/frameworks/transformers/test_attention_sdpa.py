@@ -296,9 +296,13 @@ def test_models_compute_what_they_did(name: str, side: str) -> None:
 
 @pytest.mark.parametrize("name", ["Bart", "T5"])
 def test_encoder_decoders_compute_what_they_did(name: str) -> None:
-    """Cross attention, attention without a diagonal and T5's position bias, padded, forward, backward and generate."""
+    """Cross attention, attention without a diagonal and T5's position bias, padded, forward, backward and generate.
+
+    T5 does not scale its scores, and loses half of the digits of a float32: what it did is 2e-4 from float64.
+    """
     ids, targets = tokens(2, 11), tokens(2, 6)
     mask = padding("right", ids)
+    exact = step(build(name, "sdpa").eval().double(), ids, mask, decoder_input_ids=targets)
     results = []
     for is_served in (False, True):
         with served() if is_served else torch.enable_grad():
@@ -307,7 +311,8 @@ def test_encoder_decoders_compute_what_they_did(name: str) -> None:
             found = step(model, ids, mask, decoder_input_ids=targets)
             options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
             results.append((found, model.generate(ids, decoder_start_token_id=1, **options).tolist()))
-    assert distance(results[1][0], results[0][0]) < FLOAT32
+    plain, ours = (distance(found, exact) for found, _ in results)
+    assert ours < max(FLOAT32, 1.2 * plain)
     assert results[1][1] == results[0][1]
 
 
