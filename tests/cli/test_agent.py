@@ -280,7 +280,9 @@ def test_two_machines_meet(tmp_path: Path) -> None:
     commands = [["-m", "llm_adapt.cli", "run", *meet, "--node-rank", rank, "rank.py"] for rank in ("0", "1")]
     ends = together(commands, [{}, {}], tmp_path)
     note = NOTE + "2 processes on 2 machines, of which this is {}; they meet at 127.0.0.1\n"
-    assert ends == [("3.0 0 0 2 1\n", note.format(0), 0), ("3.0 1 0 2 1\n", note.format(1), 0)]
+    assert [(out, code) for out, _, code in ends] == [("3.0 0 0 2 1\n", 0), ("3.0 1 0 2 1\n", 0)]
+    for rank, (_, err, _) in enumerate(ends):  # on a busy machine torch warns of a store that ended before the other
+        assert err.startswith(note.format(rank))
 
 
 @SLOW
