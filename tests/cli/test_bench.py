@@ -285,3 +285,16 @@ def test_a_candidate_that_cannot_run_is_listed(tmp_path: Path, monkeypatch: Patc
     record = bench(tmp_path, "--only", "glu", "--peers", "hungry")
     assert {row["refused"] for row in rows_of(record, "hungry")} == {"raised OutOfMemoryError: no memory left"}
     assert all(row["seconds"] for row in rows_of(record, "eager"))
+
+
+def test_check_fails_where_what_serves_cannot_run(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """A dispatched call that raises at full size has no time to compare: it is told, and --check does not pass."""
+
+    def hungry(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        if threading.current_thread().name != "llm_adapt proof":
+            raise torch.OutOfMemoryError("no memory left")
+        return right(x, up)
+
+    put_in(monkeypatch, "hungry", hungry)
+    bench(tmp_path, "--only", "glu", "--ops", "order=hungry", "--peers", "none", "--check", code=1)
+    assert "cannot run: glu Llama-3-8B float32 forward: hungry raised OutOfMemoryError" in capsys.readouterr().err

@@ -71,13 +71,6 @@ def test_a_mask_gets_its_gradient() -> None:
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_causal_triangle_that_is_kept_is_not_written_into() -> None:
-    """Calls of one shape share it: the second gives what the first gave."""
-    q, k, v = (draw(1, 2, 6, 4, seed=seed) for seed in range(3))
-    first, second = (attention_by_scores(q, k, v, None, True, None) for _ in range(2))
-    assert torch.equal(first, second)
-
-
 @pytest.mark.parametrize(
     ("change", "serves"),
     [
@@ -104,3 +97,16 @@ def test_values_of_another_size_are_served_without_gradients_too() -> None:
     with torch.no_grad():
         assert is_for_scores(q, q, v)
         assert not is_for_scores(v, v, v)
+
+
+def test_the_defaults_of_a_script_change_nothing() -> None:
+    """torch's default dtype and device are those of tensors that a script makes, not of ours."""
+    q, k, v = (draw(1, 2, 6, 4, seed=seed) for seed in range(3))
+    expected = attention_by_scores(q, k, v, None, True, None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = attention_by_scores(q, k, v, None, True, None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

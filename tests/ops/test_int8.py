@@ -161,3 +161,16 @@ def test_the_linear_layer_refuses_what_does_not_fit(
     arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8, dtype=torch.int8), "weight_scale": torch.ones(4)}
     with pytest.raises(error, match=message):
         linear_int8(**(arguments | change))
+
+
+@pytest.mark.parametrize("columns", [64, 5000])
+def test_scales_that_are_trained_are_taken_as_numbers(columns: int) -> None:
+    """linear_int8 has no gradient: a smooth_scale, weight_scale or bias that asks for one changes nothing."""
+    x, weight = draw(40, columns), torch.randint(-9, 9, (8, columns)).to(torch.int8)
+    given = {"weight_scale": torch.rand(8), "smooth_scale": torch.rand(columns) + 0.5, "bias": torch.rand(8)}
+    with using(Policy(order=("torch_native",))):
+        expected = linear_int8(x, weight, **given)  # type: ignore[arg-type]
+        asked = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+        found = linear_int8(x.clone().requires_grad_(), weight, **asked)  # type: ignore[arg-type]
+    assert torch.equal(found, expected)
+    assert not found.requires_grad

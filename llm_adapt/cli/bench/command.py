@@ -235,17 +235,23 @@ def _conclude(args: argparse.Namespace, rows: list[Row], machine: Machine, recor
     }
     if args.out is not None:
         _write(record, rows, title, args.out)
-    for row in (*slower, *dearer):
-        text = f"{row.op} {row.model} {row.dtype} {row.mode}: {row.source} is {row.ratio:.3f}x eager"
-        times = (
-            ""
-            if row in slower
-            else f", whose error is {(row.eager_error or 0) / max(row.error or 0, 1e-9):.0f} times as large"
-        )
-        print(f"slower than eager: {text} ({row.ratio_low:.3f}-{row.ratio_high:.3f}){times}", file=sys.stderr)
+    broken = [row for row in rows if row.candidate == "dispatched" and row.refused.startswith("raised ")]
+    for row in broken:
+        print(f"cannot run: {' '.join(row.kind)}: {row.source} {row.refused}", file=sys.stderr)
+    for row in slower:
+        print(f"slower than eager: {_compared(row)}", file=sys.stderr)
+    for row in dearer:
+        times = (row.eager_error or 0.0) / max(row.error or 0.0, 1e-9)
+        print(f"slower than eager: {_compared(row)}, whose error is {times:.0f} times as large", file=sys.stderr)
     compared = sum(row.candidate == "dispatched" and row.ratio is not None for row in rows)
     print(f"{compared} calls compared with eager, {len(slower)} slower", file=sys.stderr)
-    return 130 if record.get("stopped") else int(args.check and bool(slower))
+    return 130 if record.get("stopped") else int(args.check and bool(slower or broken))
+
+
+def _compared(row: Row) -> str:
+    """Who serves a call, and how it compares with eager."""
+    name, interval = " ".join(row.kind[:3]), f"({row.ratio_low:.3f}-{row.ratio_high:.3f})"
+    return f"{name} {row.mode}: {row.source} is {row.ratio:.3f}x eager {interval}"
 
 
 def _given(args: argparse.Namespace) -> list[str]:

@@ -87,7 +87,8 @@ def _measure_mode(
         except Exception as error:  # noqa: BLE001 - out of memory, say: it is listed, and the others are measured
             reason = f"raised {type(error).__name__}: {error}".partition("\n")[0]
         found.append(replace(item, refused=reason))
-    samples = take_turns({name: one.act for name, one in acts.items()}, machine.clock, settings.budget_s)
+    timed = {name: one.act for name, one in acts.items()}
+    samples = take_turns(timed, machine.clock, settings.budget_s) if timed else {}
     rows = [_row(plain, item, acts, samples, machine, dtype, bool(wanted)) for item in found]
     for place, row in enumerate(rows):
         if row.candidate == DISPATCHED and is_slower(row, settings.margin):

@@ -5,8 +5,6 @@ Letters as in llm_adapt/ops/attention.py.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 __all__ = ["attention_by_scores", "is_for_scores"]
@@ -44,16 +42,12 @@ def attention_by_scores(
     factor = size**-0.5 if scale is None else scale
     stacked, keys, values = query.reshape(-1, each * rows, size), key.flatten(0, 1), value.flatten(0, 1)
     if is_causal or mask is None:
-        hidden = _hidden(rows, columns, each) if is_causal else query.new_zeros(())
+        hidden = query.new_zeros(())
+        if is_causal:
+            hidden = query.new_full((rows, columns), -torch.inf).triu_(1).repeat(each, 1)
         scores = torch.baddbmm(hidden, stacked, keys.transpose(1, 2), alpha=factor)
     else:
         scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, heads, rows, columns) * factor
         scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        scores = scores.view(-1, each * rows, columns)
+        scores = scores.reshape(-1, each * rows, columns)
     return torch.bmm(torch.softmax(scores, -1), values).view(batch, heads, rows, -1)
-
-
-@functools.lru_cache(maxsize=4)
-def _hidden(rows: int, columns: int, each: int) -> torch.Tensor:
-    """-inf where a key is behind the query [1, each * Sq, Sk]; a megabyte a head of a group at most."""
-    return torch.full((rows, columns), -torch.inf).triu_(1).repeat(each, 1).unsqueeze(0)

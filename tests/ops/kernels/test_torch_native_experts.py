@@ -160,3 +160,18 @@ def test_what_reads_on_the_host_serves_the_cpu_alone(name: str) -> None:
         reasons.append((refusal(op, kernel, call), refusal(op, kernel, replace(call, tensors=there))))
     assert all(elsewhere for _, elsewhere in reasons)
     assert any(not here for here, _ in reasons)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_rows_of_an_expert_may_come_in_any_order(with_gradients: bool) -> None:
+    """A row's weight is that of its token and its expert, in whatever order an expert has its tokens."""
+    routing_map = torch.ones(4, 2, dtype=torch.bool)
+    order = torch.tensor([2, 0, 3, 1, 1, 3, 0, 2])
+    permuted, probs = torch.randn(8, 5), torch.rand(4, 2)
+    given = {"num_tokens": 4, "probs": probs, "routing_map": routing_map}
+    with torch.set_grad_enabled(with_gradients):
+        found = experts.moe_unpermute(permuted, order, **given)  # type: ignore[arg-type]
+    expected = torch.zeros(4, 5)
+    for row, token in enumerate(order.tolist()):
+        expected[token] += probs[token, row // 4] * permuted[row]
+    torch.testing.assert_close(found, expected)

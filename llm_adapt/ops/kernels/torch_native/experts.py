@@ -130,11 +130,8 @@ def moe_unpermute(
     check_rows(permuted, sorted_indices, num_tokens, probs, routing_map, drop_and_pad, topk)
     weight, wide = None, torch.promote_types(permuted.dtype, torch.float32)
     if probs is not None and routing_map is not None:
-        weight = None if drop_and_pad else probs.t().masked_select(routing_map.t().bool())
-        if weight is None or weight.shape[0] != sorted_indices.shape[0]:  # rows are missing, or there are too many
-            pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
-            weight = probs.reshape(-1).index_select(0, pair)
-        weight = weight.to(wide)
+        pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
+        weight = probs.reshape(-1).index_select(0, pair).to(wide)
         is_small = permuted.numel() <= _SMALL and (torch.is_grad_enabled() or wide != permuted.dtype)
         if is_small and bool((sorted_indices >= 0).all()):
             sums = torch.zeros(num_tokens, permuted.shape[1], dtype=wide)

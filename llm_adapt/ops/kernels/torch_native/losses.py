@@ -89,7 +89,7 @@ def _added(total: torch.Tensor | None, columns: torch.Tensor, rows: torch.Tensor
 
 def _not_ahead(call: Call) -> str | None:
     if call.device not in ("cpu", "cuda"):
-        return "keeps the gradients from the forward pass on, which pays on the CPU and on CUDA"
+        return "keeps the gradients from the forward pass on: for the CPU and CUDA"
     if call.reduction == "none":
         return "knows the gradient of one loss, not of each row"
     if call.hidden.dtype == torch.float16:

@@ -87,9 +87,10 @@ def linear_int8(
     """The product of integers in one kernel."""
     x, weight_scale = x.detach(), weight_scale.detach()  # less costly than no_grad
     is_blocked = x.device.type == "cpu" and x.dtype != torch.float64
+    smooth_scale = None if smooth_scale is None else smooth_scale.detach()
     q, scale = (quantized_rows if is_blocked else rounded_rows)(x, smooth_scale)
     product = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.t()).view(*q.shape[:-1], weight.shape[0])
-    y = product.float().mul_(scale.detach().unsqueeze(-1)).mul_(weight_scale.float())
+    y = product.float().mul_(scale.unsqueeze(-1)).mul_(weight_scale.float())
     return (y if bias is None else y.add_(bias.detach().float())).to(x.dtype)
 
 
