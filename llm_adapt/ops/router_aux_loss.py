@@ -65,12 +65,14 @@ def router_aux_loss(
     wide = torch.promote_types(probs.dtype, torch.float32)
     rows = probs if padding_mask is None else probs.masked_fill(padding_mask.unsqueeze(1), 0)
     sums = rows.sum(0, dtype=wide)
-    loads = tokens_per_expert.to(wide).detach()
+    loads = tokens_per_expert.to(wide)
+    if loads.requires_grad:
+        loads = loads.detach()
     factor = coeff * (num_experts or probs.shape[1]) / topk
     if num_tokens_tensor is None and (num_tokens is not None or padding_mask is None):
         # The host knows N. A product of sums of the order of N each is far from the largest float32.
         count = max(probs.shape[0] if num_tokens is None else num_tokens, 1)
-        return torch.dot(sums, loads) * (factor / (count * count))
+        return torch.dot(sums, loads).mul_(factor / (count * count))
     known = (~padding_mask).sum() if num_tokens_tensor is None else num_tokens_tensor.detach()  # type: ignore[operator]
     number = known.to(wide).clamp(min=1)
     return torch.dot(sums / number, loads / number) * factor

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -179,7 +182,7 @@ def test_ratios_are_formed_round_by_round() -> None:
 
 
 def test_candidates_take_turns() -> None:
-    """In every round each is called, and the one that begins changes."""
+    """In every round each is called, and nobody always follows the same one."""
     order: list[str] = []
 
     class Counting(HostClock):
@@ -188,10 +191,24 @@ def test_candidates_take_turns() -> None:
             return 1.0
 
     acts = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    samples = take_turns(acts, Counting(), budget_s=0.0)
-    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 6)
-    rounds = ["".join(order[place : place + 3]) for place in range(6, 24, 3)]  # behind the first calls
-    assert rounds == ["abc", "bca", "cab"] * 2
+    samples = take_turns(acts, Counting(), budget_s=60.0, most_rounds=30)
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 30)
+    rounds = ["".join(order[place : place + 3]) for place in range(6, 96, 3)]  # behind the first calls
+    assert {"".join(sorted(turns)) for turns in rounds} == {"abc"}
+    followed = Counter(pair for turns in rounds for pair in itertools.pairwise(turns))
+    assert set(followed) == set(itertools.permutations("abc", 2))
+    assert max(followed.values()) < 20  # of 30 rounds
+
+
+def test_a_sample_does_not_pay_for_the_candidate_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of a sample on the host is not in the mean."""
+    clock, costs = [0.0], iter([100.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def act() -> None:
+        clock[0] += next(costs)
+
+    assert HostClock().sample(act, 3) == 2.0
 
 
 @pytest.mark.parametrize(

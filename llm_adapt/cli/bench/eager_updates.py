@@ -60,11 +60,11 @@ def accumulate(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
         main_grad.add_(dy.flatten(0, -2).t().matmul(x.flatten(0, -2)))
 
 
-@eager("quantize_int8", "PyTorch: amax, division, rounding (no framework has it without bitsandbytes)")
+@eager("quantize_int8", "PyTorch, after quantize_activation_per_token_absmax of SmoothQuant")
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row by its largest element."""
+    """Each row by its largest element, which is kept from 0."""
     wide = x.float()
-    scale = wide.abs().amax(-1) / 127
+    scale = wide.abs().amax(-1).clamp_(min=1e-5).div_(127)
     return (wide / scale[..., None]).round().to(torch.int8), scale
 
 
@@ -74,19 +74,19 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.float() * scale[..., None]).to(dtype)
 
 
-@eager("linear_int8", "PyTorch: rounding of the rows, torch._int_mm, scales (no framework has it without bitsandbytes)")
+@eager("linear_int8", "PyTorch: rounding of the rows as SmoothQuant has it, torch._int_mm, scales")
 def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """LLM.int8 without outliers."""
     q, scale = quantize_int8(x)
     return (torch._int_mm(q, weight.t()).float() * scale[..., None] * weight_scale).to(x.dtype)
 
 
-@eager("quantize_fp8", "PyTorch, after act_quant of DeepSeek-V3", only(block="1x128", format="e4m3"))
+@eager("quantize_fp8", "PyTorch, after act_quant of DeepSeek-V3.1 (ue8m0)", only(block="1x128", format="e4m3"))
 def quantize_fp8(x: Tensor, block: str, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of 128 by their largest element, whose scale is a power of two."""
+    """Tiles of 128 by their largest element, which is kept from 0; the scale is a power of two."""
     tiles = x.float().unflatten(-1, (-1, 128))
     amax = tiles.abs().amax(-1)
-    scale = torch.exp2(torch.floor(torch.log2(448.0 / amax)))
+    scale = torch.exp2(torch.floor(torch.log2(448.0 / amax.clamp(min=1e-4))))
     q = (tiles * scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     return q.flatten(-2), 1 / scale, amax
 

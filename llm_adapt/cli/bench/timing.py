@@ -1,9 +1,11 @@
 """Timing: candidates of one call in turn, round after round, and what order statistics say of their medians.
 
 Turns make whatever drifts (clocks, other work on the machine) fall on all candidates alike, and ratios are formed
-within a round. On the CPU a sample is the mean of a few calls by the host's clock. On an accelerator each call lies
-between two events of the device, behind writes of twice the last-level cache: it finds nothing there, and the device
-writes for longer than the host needs to launch the call, so that no gap between its kernels is counted.
+within a round. The order is drawn anew for each round: nobody always follows the one who leaves the caches full and the
+heap trimmed. On the CPU a sample is the mean of a few calls by the host's clock, behind one that is not timed. On an
+accelerator each call lies between two events of the device, behind writes of twice the last-level cache: it finds
+nothing there, and the device writes for longer than the host needs to launch the call, so that no gap between its
+kernels is counted.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +59,10 @@ class HostClock:
         self.wait = wait
 
     def sample(self, act: Act, calls: int) -> float:
-        """The mean of the calls."""
+        """The mean of the calls, behind one that meets what the candidate before it left, and is not timed."""
+        act()
+        if self.wait is not None:
+            self.wait()
         start = time.perf_counter()
         for _ in range(calls):
             act()
@@ -124,12 +130,13 @@ def _no_collector() -> Iterator[None]:
 
 
 def take_turns(acts: Mapping[str, Act], clock: Clock, budget_s: float, most_rounds: int = 30) -> dict[str, list[float]]:
-    """Seconds of each act, one sample a round. The order moves by one each round.
+    """Seconds of each act, one sample a round, in an order that is drawn anew for each.
 
     Args:
         budget_s: no new round begins after so many seconds, but for the least number of rounds.
     """
     names = list(acts)
+    draw = random.Random(0)
     calls = {}
     with _no_collector():
         for name in names:
@@ -140,8 +147,7 @@ def take_turns(acts: Mapping[str, Act], clock: Clock, budget_s: float, most_roun
         for number in range(most_rounds):
             if number >= LEAST_ROUNDS and time.perf_counter() - start > budget_s:
                 break
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in draw.sample(names, len(names)):
                 samples[name].append(clock.sample(acts[name], calls[name]))
     return samples
 

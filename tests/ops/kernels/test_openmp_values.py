@@ -92,6 +92,16 @@ def test_functions_at_the_ends() -> None:
         torch.testing.assert_close(y, expected(x), equal_nan=True)
 
 
+def test_exp_overflows_where_that_of_torch_does() -> None:
+    """Between the largest number and where the exponent ends, too."""
+    x = torch.linspace(88.0, 400.0, 1_000_001)
+    y = torch.empty_like(x)
+    values_of(0, x.data_ptr(), y.data_ptr(), x.numel())
+    assert not torch.isnan(y).any()
+    certain = (x < 88.722) | (x > 88.723)
+    assert torch.equal(torch.isinf(y)[certain], torch.isinf(torch.exp(x))[certain])
+
+
 def test_erf_is_off_by_less_than_a_millionth() -> None:
     """erf is compared absolutely: gelu adds 1 to it."""
     x = torch.linspace(-6, 6, 1_000_001)
@@ -148,6 +158,15 @@ def test_nan_comes_through_every_activation() -> None:
     for name in ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid", "silu"):
         y = computed("activation", x=x, function=name)
         assert (bool(torch.isnan(y[0, 0])), bool(torch.isnan(y[0, 1]))) == (True, False), name
+
+
+def test_activations_at_the_ends_are_those_of_the_reference() -> None:
+    """Where exp overflows or vanishes, and at infinities: f(-inf) = -inf * 0 is NaN for silu, as torch has it."""
+    x = torch.cat([torch.linspace(-400.0, 400.0, 80_000), torch.tensor([torch.inf, -torch.inf, 3e38, -3e38])])
+    for name in ("gelu_tanh", "quick_gelu", "sigmoid", "silu"):
+        wanted = find_op("activation").reference(x[None], function=name)
+        found = computed("activation", x=x[None], function=name)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-35, equal_nan=True)
 
 
 def test_all_targets_ignored_is_nan() -> None:

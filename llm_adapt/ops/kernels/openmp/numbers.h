@@ -48,8 +48,8 @@ LLM_ADAPT_INLINE void narrow(float x, float& y) { y = x; }
 
 LLM_ADAPT_INLINE void narrow(float x, BFloat16& y) {
   const uint32_t bits = bits_of(x);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  y.bits = static_cast<uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  y.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 LLM_ADAPT_INLINE void narrow(float x, Float16& y) {
@@ -69,25 +69,33 @@ LLM_ADAPT_INLINE float fused(float a, float b, float c) {
 #endif
 }
 
-// exp(x), to about one rounding; 0 for what float32 holds as a subnormal only. Source of the constants: Cephes expf.
-LLM_ADAPT_INLINE float exponential(float x) {
-  const float shifted = fused(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: the sum rounds to an integer
-  const float n = shifted - 12582912.0f;
+// exp(x) / 2, to about one rounding; 0 for what float32 holds as a subnormal only, and NaN stays. Twice it is infinite
+// where exp(x) is. log(2) in two parts is of Cephes' expf; the polynomial is a minimax fit, off by 3e-9.
+LLM_ADAPT_INLINE float half_of_exponential(float x) {
+  // The sum with 1.5 * 2^23 rounds to an integer n; with 126 more, its last bits are the exponent of 2^(n - 1). Beyond
+  // n = 128 the rest r grows instead. An integer minimum, since one of floats that keeps NaN is no single instruction.
+  const float sum = fused(x, 1.44269504088896341f, 12583038.0f);
+  const int32_t most = 0x4b4000fe, bits = static_cast<int32_t>(bits_of(sum));
+  const uint32_t bounded = static_cast<uint32_t>(bits < most ? bits : most);
+  const float n = float_of(bounded) - 12583038.0f;
   float r = fused(n, -0.693359375f, x);
   r = fused(n, 2.12194440e-4f, r);
-  float p = fused(1.9875691500e-4f, r, 1.3981999507e-3f);
-  p = fused(p, r, 8.3334519073e-3f);
-  p = fused(p, r, 4.1665795894e-2f);
-  p = fused(p, r, 1.6666665459e-1f);
-  p = fused(p, r, 5.0000001201e-1f);
-  p = fused(p, r * r, r) + 1.0f;
-  // 2 * 2^(n - 1), since n may be 128; the bits of 2^(n - 1) come from those of n + 1.5 * 2^23.
-  const float y = (p + p) * float_of((bits_of(shifted) + 126u) << 23);
-  // Beyond these x the bits mean nothing. NaN takes neither way, and stays.
-  return x < -87.0f ? 0.0f : (x > 88.73f ? float_of(0x7f800000u) : y);
+  float p = fused(1.3814539e-3f, r, 8.3687454e-3f);
+  p = fused(p, r, 4.1668389e-2f);
+  p = fused(p, r, 1.6666521e-1f);
+  p = fused(p, r, 4.9999994e-1f);
+  p = fused(p, r * r, r);
+  const float power = float_of(bounded << 23);
+  const float y = fused(power, p, power);
+  return x < -87.0f ? 0.0f : y;
 }
 
-LLM_ADAPT_INLINE float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
+LLM_ADAPT_INLINE float exponential(float x) {
+  const float half = half_of_exponential(x);
+  return half + half;
+}
+
+LLM_ADAPT_INLINE float logistic(float x) { return 1.0f / fused(2.0f, half_of_exponential(-x), 1.0f); }
 
 // tanh(x). Source of the constants: Cephes tanhf.
 LLM_ADAPT_INLINE float hyperbolic_tangent(float x) {

@@ -105,6 +105,14 @@ def _bags(rows: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, weight:
     return F.embedding_bag(order, rows, starts, mode="sum", per_sample_weights=weight)
 
 
+def _pairs_in_order(sorted_indices: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor | None:
+    """Where the probability [R] of each row lies in probs, if the rows are the map's pairs in moe_permute's order."""
+    expert, token = routing_map.detach().t().nonzero(as_tuple=True)
+    if not torch.equal(token, sorted_indices):
+        return None
+    return torch.add(expert, token, alpha=routing_map.shape[1])
+
+
 def _blocks(rows: torch.Tensor) -> Iterator[slice]:
     size = max(1, _BLOCK // max(1, rows.shape[1]))
     return (slice(start, start + size) for start in range(0, rows.shape[0], size))
@@ -130,10 +138,13 @@ def moe_unpermute(
     check_rows(permuted, sorted_indices, num_tokens, probs, routing_map, drop_and_pad, topk)
     weight, wide = None, torch.promote_types(permuted.dtype, torch.float32)
     if probs is not None and routing_map is not None:
-        pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
+        pair = None if drop_and_pad else _pairs_in_order(sorted_indices, routing_map)
+        has_all = pair is not None
+        if pair is None:
+            pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
         weight = probs.reshape(-1).index_select(0, pair).to(wide)
         is_small = permuted.numel() <= _SMALL and (torch.is_grad_enabled() or wide != permuted.dtype)
-        if is_small and bool((sorted_indices >= 0).all()):
+        if is_small and (has_all or bool((sorted_indices >= 0).all())):
             sums = torch.zeros(num_tokens, permuted.shape[1], dtype=wide)
             return sums.index_add_(0, sorted_indices, permuted * weight.unsqueeze(1)).to(permuted.dtype)
     y: torch.Tensor = _SumOfRows.apply(permuted.contiguous(), weight, sorted_indices, num_tokens)
