@@ -165,7 +165,7 @@ computes with its own code under the facade; the other run is the default. There
 but in one run: the operator draws other numbers than Megatron does. The last two columns are of the default
 run: milliseconds an iteration (median of the second half; off / on, one run each on a machine with two cores, so no
 benchmark) and the operators that were called, with the library that served them. A run whose loss does not fall fails:
-Megatron-FSDP without --use-distributed-optimizer trains nothing (its optimizer installs no new weights), and says nothing.
+Megatron-FSDP without --use-distributed-optimizer trains nothing, silently: its optimizer installs no new weights.
 
     python scripts/megatron_runs.py --megatron Megatron-LM
 
