@@ -75,8 +75,8 @@ RUNS = (
     Run("TP=2, recompute selective", 2, f"{_TP} --recompute-granularity selective"),
     Run("TP=2, PP=2, SP, distributed optimizer", 4, f"{_TP} {_SP} {_DO} --pipeline-model-parallel-size 2 "
         "--num-layers 4"),
-    # Without the distributed optimizer nobody installs the new weights in Megatron-FSDP's buffers. The local
-    # spec's layers have no reset_parameters, so --init-model-with-meta-device would leave their weights at 0.
+    # Without the distributed optimizer nobody installs the new weights in Megatron-FSDP's buffers: 5.537 -> 5.546.
+    # --init-model-with-meta-device wants layers with reset_parameters; the local spec's have none: 5.552 -> 5.521.
     Run("Megatron-FSDP, DP=2", 2, f"--use-megatron-fsdp {_DO} --data-parallel-sharding-strategy optim_grads_params "
         "--no-gradient-accumulation-fusion --ckpt-format fsdp_dtensor"),
     Run("TP=2, attention dropout", 2, f"{_TP} --attention-dropout 0.1"),

@@ -66,7 +66,7 @@ def router_aux_loss(
     rows = probs if padding_mask is None else probs.masked_fill(padding_mask.unsqueeze(1), 0)
     sums = rows.sum(0, dtype=wide)
     loads = tokens_per_expert.to(wide)
-    if loads.requires_grad:
+    if tokens_per_expert.is_floating_point():  # integers have no gradient, and a detach costs as much as a product
         loads = loads.detach()
     factor = coeff * (num_experts or probs.shape[1]) / topk
     if num_tokens_tensor is None and (num_tokens is not None or padding_mask is None):

@@ -198,6 +198,8 @@ def test_candidates_take_turns() -> None:
     followed = Counter(pair for turns in rounds for pair in itertools.pairwise(turns))
     assert set(followed) == set(itertools.permutations("abc", 2))
     assert max(followed.values()) < 20  # of 30 rounds
+    fewest = take_turns(acts, Counting(), budget_s=0.0)
+    assert {name: len(values) for name, values in fewest.items()} == dict.fromkeys("abc", 6)
 
 
 def test_a_sample_does_not_pay_for_the_candidate_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=_positive, metavar="S", help="rounds of one call: so long (3; 0.4 with --quick)"
     )
     parser.add_argument("--check", action="store_true",
-                        help="exit code 1 when what dispatch serves is slower than eager anywhere")  # fmt: skip
+                        help="exit code 1 when what dispatch serves is slower than eager, or cannot run")  # fmt: skip
     parser.add_argument("--margin", type=float, default=2.0, metavar="PERCENT",
                         help="how much slower counts as equal, beyond the 95 %% interval (2)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.md and the plots")

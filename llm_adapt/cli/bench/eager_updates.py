@@ -76,7 +76,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @eager("linear_int8", "PyTorch: rounding of the rows as SmoothQuant has it, torch._int_mm, scales")
 def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """LLM.int8 without outliers."""
+    """Both scales after the product of integers."""
     q, scale = quantize_int8(x)
     return (torch._int_mm(q, weight.t()).float() * scale[..., None] * weight_scale).to(x.dtype)
 

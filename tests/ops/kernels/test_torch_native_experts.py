@@ -171,6 +171,9 @@ def test_rows_of_an_expert_may_come_in_any_order(with_gradients: bool) -> None:
     given = {"num_tokens": 4, "probs": probs, "routing_map": routing_map}
     with torch.set_grad_enabled(with_gradients):
         found = experts.moe_unpermute(permuted, order, **given)  # type: ignore[arg-type]
+        with torch.device("meta"):  # a default of the script, which is not ours
+            again = experts.moe_unpermute(permuted, order, **given)  # type: ignore[arg-type]
+    assert torch.equal(again, found)
     expected = torch.zeros(4, 5)
     for row, token in enumerate(order.tolist()):
         expected[token] += probs[token, row // 4] * permuted[row]

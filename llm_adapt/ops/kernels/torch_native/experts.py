@@ -23,7 +23,8 @@ from llm_adapt.ops.topk_router import check_groups, check_router, chosen_probs, 
 __all__ = ["moe_permute", "moe_unpermute", "topk_router"]
 
 _FEW = 8  # so many times torch.max takes less time than torch.topk once
-_SMALL, _SMALL_ALONE = 2**19, 2**21  # elements that are added up at once, the latter of 16 bits without gradients
+_SMALL = 2**19  # elements that are added up at once: sorting the rows of tokens costs more
+_SMALL_FORWARD = 2**21  # the same of 16 bits without gradients, where blocks would convert each row on its own
 _BLOCK = 2**18  # elements of a block: smaller ones cost more calls than the cache saves
 
 
@@ -143,11 +144,11 @@ def moe_unpermute(
         if pair is None:
             pair = sorted_indices.clamp(min=0) * probs.shape[1] + experts_of(sorted_indices, routing_map, drop_and_pad)
         weight = probs.reshape(-1).index_select(0, pair).to(wide)
-        alone = _SMALL_ALONE if wide != permuted.dtype else 0
-        is_small = permuted.numel() <= (_SMALL if torch.is_grad_enabled() else alone)
+        most = _SMALL if torch.is_grad_enabled() else _SMALL_FORWARD if wide != permuted.dtype else 0
+        is_small = permuted.numel() <= most
         if is_small and (has_all or bool((sorted_indices >= 0).all())):
             weighted = permuted * weight.unsqueeze(1)  # before the zeros, which are then in the cache still
-            sums = torch.zeros(num_tokens, permuted.shape[1], dtype=wide)
+            sums = weighted.new_zeros(num_tokens, permuted.shape[1])
             return sums.index_add_(0, sorted_indices, weighted).to(permuted.dtype)
     y: torch.Tensor = _SumOfRows.apply(permuted.contiguous(), weight, sorted_indices, num_tokens)
     return y
